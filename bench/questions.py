@@ -1,0 +1,169 @@
+"""A synthetic language of keyed facts, and questions which can only be answered by looking far back.
+
+A text is a row of short sentences. Facts name who did what to four things, ``mia hid lamp rope coin bell .``, filler
+talks about the weather, ``the old wind moves over the quiet hill .``. A question repeats a name and a verb, ``? mia
+hid``, and the answer is the four things. The things are drawn at random, so an answer which is not read from the text
+is right with a probability of about ``len(THINGS) ** -4``. Every pair (name, verb) and every pair of neighbouring
+things occurs in one fact only, so that two words always say where to read on.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
+NAMES = tuple(
+    "ada amy ann ben bob cal cleo dan dora eli emma eva finn gus hal ida ian ivan jack jane joe kai kim lea leo lily "
+    "luke max mia nell nico noah ola otto paul pia quin rex rosa ruth sam sara tess theo tom uma vera zoe".split()
+)
+VERBS = tuple("bought built cut found gave hid kept lost made sent sold took".split())
+THINGS = tuple(
+    "anchor apple arrow axe bag ball banana barrel basket bell belt bench blanket boat book boot bottle bowl box bread "
+    "brick broom brush bucket button cable cake camera candle cap card carpet chair chalk cheese clock coat coin comb "
+    "crown cup curtain desk dice door dress drum egg fan feather fence flag flute fork glass globe glove hammer harp "
+    "hat helmet honey hook jar jug kettle key kite knife ladder lamp lantern leaf lemon letter lock map mask mirror "
+    "nail needle net oar onion paddle paint pan paper pear pearl pen piano pillow pin pipe plate plum pot purse ring "
+    "rope rug saddle salt scarf shell shoe shovel soap spoon stamp stone stool string sword table tent thread tile "
+    "torch towel tray trunk vase violin wagon wallet wheel whistle wool".split()
+)
+ADJECTIVES = tuple("old quiet grey warm cold slow soft bright".split())
+NOUNS = tuple("wind hill river cloud field snow rain moon".split())
+MOVES = tuple("moves drifts rests turns waits".split())
+WHERE = tuple("over under near behind".split())
+WORDS = (*SPECIAL, ".", "?", "the", *NAMES, *VERBS, *THINGS, *ADJECTIVES, *NOUNS, *MOVES, *WHERE)
+
+ANSWER_TOKENS = 4
+FACT_TOKENS = 2 + ANSWER_TOKENS + 1
+QUESTION_TOKENS = 3
+FACT_SHARE = 1 / 8  # share of a haystack's tokens which belong to facts, the rest is filler
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt of exactly the wanted length, and the tokens which must follow it."""
+
+    ids: list[int]  # the prompt with <bos> in front, ends in "? name verb"
+    answer: list[int]
+    depth: float  # where the asked fact starts: 0 = first token, 1 = last token of the prompt
+
+
+@dataclass(frozen=True)
+class Fact:
+    """``name verb thing thing thing thing``, as words."""
+
+    key: tuple[str, str]
+    things: tuple[str, ...]
+
+    def sentence(self) -> list[str]:
+        return [*self.key, *self.things, "."]
+
+    def question(self) -> list[str]:
+        return ["?", *self.key]
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """The word tokenizer of the language. It puts <bos> in front of a text and joins words with blanks."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    bos = vocabulary["<bos>"]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def make_facts(rng: random.Random, count: int) -> list[Fact]:
+    """``count`` facts in which no pair (name, verb) and no pair of neighbouring things occurs twice."""
+    if count > len(NAMES) * len(VERBS):
+        raise ValueError(f"at most {len(NAMES) * len(VERBS)} facts have different keys, got {count}")
+    keys = [divmod(key, len(VERBS)) for key in rng.sample(range(len(NAMES) * len(VERBS)), count)]
+    seen: set[tuple[str, str]] = set()
+    facts = []
+    for name, verb in keys:
+        while True:
+            things = tuple(rng.sample(THINGS, ANSWER_TOKENS))
+            pairs = set(zip(things, things[1:], strict=False))
+            if not pairs & seen:
+                break
+        seen |= pairs
+        facts.append(Fact((NAMES[name], VERBS[verb]), things))
+    return facts
+
+
+def filler_sentence(rng: random.Random) -> list[str]:
+    """One sentence of five to nine words which says nothing worth asking for."""
+    head = ["the", rng.choice(ADJECTIVES), rng.choice(NOUNS), rng.choice(MOVES)]
+    if rng.random() < 0.25:
+        return [*head, "."]
+    tail = [rng.choice(WHERE), "the", rng.choice(ADJECTIVES), rng.choice(NOUNS), "."]
+    return head + tail
+
+
+def haystack(rng: random.Random, facts: list[Fact], length: int, *, last: int = 0) -> list[list[str]]:
+    """Sentences with exactly ``length`` words: the facts in random order, filler between them.
+
+    The first sentence is the tail of a filler sentence, which makes the length exact. ``last`` of the facts are left
+    out of the shuffle and must be put in by the caller: only their length is reserved.
+    """
+    missing = length - FACT_TOKENS * (len(facts) + last)
+    if missing < 0:
+        raise ValueError(f"{len(facts) + last} facts do not fit into {length} words")
+    sentences = [fact.sentence() for fact in facts]
+    while missing > 0:
+        sentences.append(filler_sentence(rng)[-missing:])
+        missing -= len(sentences[-1])
+    short = sentences.pop() if len(sentences) > len(facts) else []
+    rng.shuffle(sentences)
+    return [short, *sentences]
+
+
+def _make_question(rng: random.Random, ids_of: dict[str, int], length: int, depth: float | None) -> Question:
+    body = length - 1 - QUESTION_TOKENS
+    count = min(max(2, round(body * FACT_SHARE / FACT_TOKENS)), body // FACT_TOKENS, len(NAMES) * len(VERBS))
+    asked, *others = make_facts(rng, count)
+    sentences = haystack(rng, others, body, last=1)
+    latest = length - (512 if length >= 2048 else length // 4) - FACT_TOKENS
+    wanted = rng.uniform(0, latest) if depth is None else depth * (length - 1)
+    starts = [1]  # places between two sentences, counted from <bos> = 0
+    for sentence in sentences:
+        starts.append(starts[-1] + len(sentence))
+    allowed = [i for i, start in enumerate(starts) if depth is not None or start <= latest]
+    cut = min(allowed, key=lambda i: abs(starts[i] - wanted))
+    words = [word for sentence in [*sentences[:cut], asked.sentence(), *sentences[cut:]] for word in sentence]
+    ids = [ids_of[word] for word in ["<bos>", *words, *asked.question()]]
+    return Question(ids, [ids_of[word] for word in asked.things], starts[cut] / (length - 1))
+
+
+def make_questions(
+    tokenizer: Any, *, length: int, count: int, seed: int = 0, depth: float | None = None
+) -> list[Question]:
+    """``count`` questions, each a haystack of exactly ``length`` tokens which ends in a question for one of its facts.
+
+    ``depth`` puts the asked fact at this relative place (0 = start, 1 = directly in front of the question). By default
+    the place is uniform, but outside the last 512 tokens (the last quarter of a prompt shorter than 2048 tokens).
+    """
+    smallest = 1 + 2 * FACT_TOKENS + QUESTION_TOKENS
+    if length < smallest:
+        raise ValueError(f"length must be at least {smallest}, got {length}")
+    if depth is not None and not 0 <= depth <= 1:
+        raise ValueError(f"depth must lie in [0, 1], got {depth}")
+    rng = random.Random(seed)
+    ids_of = tokenizer.get_vocab()
+    return [_make_question(rng, ids_of, length, depth) for _ in range(count)]
+
+
+def as_batch(questions: list[Question], *, answers: bool = False) -> torch.Tensor:
+    """Prompts of the same length as one (count, tokens) tensor, with the answers behind them if wanted."""
+    return torch.tensor([q.ids + q.answer if answers else q.ids for q in questions], dtype=torch.long)

@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+// From described arrays (torch tensors or numpy arrays) to the core's params: dtype, shape and stride checks for every
+// door, in one place. Values inside the arrays are checked by the core.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+#include "razor/attention.h"
+#include "razor/check.h"
+#include "razor/head_scores.h"
+#include "razor/kv_cache.h"
+
+namespace razor::bindings {
+
+enum class DType { kFloat32, kBFloat16, kFloat16, kInt32, kInt64, kBool, kOther };
+
+inline const char* name(DType dtype) {
+  constexpr const char* kNames[] = {"float32", "bfloat16", "float16", "int32", "int64", "bool", "another dtype"};
+  return kNames[static_cast<int>(dtype)];
+}
+
+struct Array {
+  const char* name;
+  void* data;
+  DType dtype;
+  int64_t dims;
+  const int64_t* sizes;    // [dims]
+  const int64_t* strides;  // [dims] elements
+
+  [[nodiscard]] std::string shape() const {
+    std::string text = "[";
+    for (int64_t i = 0; i < dims; ++i) text.append(i ? ", " : "").append(std::to_string(sizes[i]));
+    return text.append("]");
+  }
+};
+
+inline constexpr int64_t kAny = -1;
+
+inline void expect_dims(const Array& a, int64_t dims, const char* meaning) {
+  RAZOR_CHECK(a.dims == dims, a.name, ": expected ", dims, " dimensions ", meaning, ", got shape ", a.shape());
+}
+
+inline void expect_shape(const Array& a, std::initializer_list<int64_t> shape) {
+  bool same = a.dims == static_cast<int64_t>(shape.size());
+  std::string text = "[";
+  int64_t i = 0;
+  for (int64_t size : shape) {
+    same = same && (size == kAny || size == a.sizes[i]);
+    text.append(i++ ? ", " : "").append(size == kAny ? "any" : std::to_string(size));
+  }
+  RAZOR_CHECK(same, a.name, ": expected shape ", text, "], got ", a.shape());
+}
+
+inline void expect_dtype(const Array& a, DType dtype) {
+  RAZOR_CHECK(a.dtype == dtype, a.name, ": expected dtype ", name(dtype), ", got ", name(a.dtype));
+}
+
+inline void expect_like(const Array& a, const Array& other) {
+  RAZOR_CHECK(a.dtype == other.dtype, a.name, ": expected dtype ", name(other.dtype), " like ", other.name, ", got ",
+              name(a.dtype));
+}
+
+inline void expect_contiguous(const Array& a) {
+  for (int64_t i = 0; i < a.dims; ++i) {
+    if (a.sizes[i] == 0) return;
+  }
+  int64_t expected = 1;
+  for (int64_t i = a.dims - 1; i >= 0; --i) {
+    RAZOR_CHECK(a.sizes[i] == 1 || a.strides[i] == expected, a.name, ": expected a contiguous array, got stride ",
+                a.strides[i], " in dimension ", i);
+    expected *= a.sizes[i];
+  }
+}
+
+inline void expect_rows(const Array& a) {
+  RAZOR_CHECK(a.sizes[a.dims - 1] == 1 || a.strides[a.dims - 1] == 1, a.name,
+              ": expected a contiguous last dimension, got stride ", a.strides[a.dims - 1]);
+}
+
+inline KvFormat format_of(const Array& a) {
+  switch (a.dtype) {
+    case DType::kFloat32:
+      return KvFormat::kF32;
+    case DType::kBFloat16:
+      return KvFormat::kBF16;
+    case DType::kFloat16:
+      return KvFormat::kF16;
+    default:
+      detail::fail(a.name, ": expected dtype float32, bfloat16 or float16, got ", name(a.dtype));
+  }
+}
+
+struct CacheArrays {
+  Array key_pages, value_pages, page_table, seen, sink_size, window_size, compensate, key_sum, value_sum;
+};
+
+// `tokens` is key or query: 4 dimensions, of which the first two and the last give the cache's batch and head_dim.
+inline KvCacheView cache_view(const CacheArrays& c, const Array& key) {
+  expect_dims(c.key_pages, 3, "(num_pages, page_size, head_dim)");
+  const int64_t batch = key.sizes[0], heads = key.sizes[1], head_dim = key.sizes[3];
+  expect_like(c.key_pages, key);
+  expect_shape(c.key_pages, {kAny, kAny, head_dim});
+  expect_contiguous(c.key_pages);
+  const int64_t page_size = c.key_pages.sizes[1];
+  RAZOR_CHECK(page_size > 0 && page_size % 16 == 0, "key_pages: expected a page_size that is a multiple of 16, got ",
+              page_size);
+  expect_like(c.value_pages, key);
+  expect_shape(c.value_pages, {c.key_pages.sizes[0], page_size, head_dim});
+  expect_contiguous(c.value_pages);
+  expect_dtype(c.page_table, DType::kInt32);
+  expect_shape(c.page_table, {batch * heads, kAny});
+  expect_contiguous(c.page_table);
+  expect_dtype(c.seen, DType::kInt64);
+  expect_shape(c.seen, {batch});
+  expect_contiguous(c.seen);
+  for (const Array* sizes : {&c.sink_size, &c.window_size}) {
+    expect_dtype(*sizes, DType::kInt32);
+    expect_shape(*sizes, {heads});
+    expect_contiguous(*sizes);
+  }
+  expect_dtype(c.compensate, DType::kBool);
+  expect_shape(c.compensate, {heads});
+  expect_contiguous(c.compensate);
+  for (const Array* sums : {&c.key_sum, &c.value_sum}) {
+    expect_dtype(*sums, DType::kFloat32);
+    expect_shape(*sums, {batch * heads, head_dim});
+    expect_contiguous(*sums);
+  }
+  return {.key_pages = c.key_pages.data,
+          .value_pages = c.value_pages.data,
+          .page_table = static_cast<const int32_t*>(c.page_table.data),
+          .seen = static_cast<int64_t*>(c.seen.data),
+          .sink_size = static_cast<const int32_t*>(c.sink_size.data),
+          .window_size = static_cast<const int32_t*>(c.window_size.data),
+          .compensate = static_cast<const bool*>(c.compensate.data),
+          .key_sum = static_cast<float*>(c.key_sum.data),
+          .value_sum = static_cast<float*>(c.value_sum.data),
+          .batch = batch,
+          .num_kv_heads = heads,
+          .head_dim = head_dim,
+          .num_pages = c.key_pages.sizes[0],
+          .page_size = page_size,
+          .max_pages = c.page_table.sizes[1],
+          .format = format_of(key)};
+}
+
+inline NewTokens new_tokens(const Array& key, const Array& value, const std::optional<Array>& pad) {
+  expect_dims(key, 4, "(batch, num_kv_heads, q_len, head_dim)");
+  (void)format_of(key);
+  RAZOR_CHECK(key.sizes[1] > 0 && key.sizes[3] > 0, "key: expected at least one kv head and one element, got shape ",
+              key.shape());
+  expect_like(value, key);
+  expect_shape(value, {key.sizes[0], key.sizes[1], key.sizes[2], key.sizes[3]});
+  expect_rows(key);
+  expect_rows(value);
+  if (pad) {
+    expect_dtype(*pad, DType::kInt64);
+    expect_shape(*pad, {key.sizes[0]});
+    expect_contiguous(*pad);
+  }
+  return {.key = key.data,
+          .value = value.data,
+          .pad = pad ? static_cast<const int64_t*>(pad->data) : nullptr,
+          .key_stride = {key.strides[0], key.strides[1], key.strides[2]},
+          .value_stride = {value.strides[0], value.strides[1], value.strides[2]},
+          .q_len = key.sizes[2]};
+}
+
+// Everything but `out`, which the binding allocates once the checks have passed.
+inline AttentionParams attention_params(const Array& query, const Array& key, const Array& value, const CacheArrays& cache,
+                                        const std::optional<Array>& alibi_slopes, const std::optional<Array>& pad,
+                                        double scale, bool dense) {
+  expect_dims(query, 4, "(batch, num_heads, q_len, head_dim)");
+  const NewTokens tokens = new_tokens(key, value, pad);
+  expect_like(query, key);
+  expect_shape(query, {key.sizes[0], kAny, key.sizes[2], key.sizes[3]});
+  expect_rows(query);
+  RAZOR_CHECK(query.sizes[1] > 0 && query.sizes[1] % key.sizes[1] == 0,
+              "query: expected a multiple of the ", key.sizes[1], " kv heads as num_heads, got ", query.sizes[1]);
+  if (alibi_slopes) {
+    expect_dtype(*alibi_slopes, DType::kFloat32);
+    expect_shape(*alibi_slopes, {query.sizes[1]});
+    expect_contiguous(*alibi_slopes);
+  }
+  return {.query = query.data,
+          .tokens = tokens,
+          .cache = cache_view(cache, key),
+          .alibi_slopes = alibi_slopes ? static_cast<const float*>(alibi_slopes->data) : nullptr,
+          .out = nullptr,
+          .query_stride = {query.strides[0], query.strides[1], query.strides[2]},
+          .num_heads = query.sizes[1],
+          .scale = static_cast<float>(scale),
+          .dense = dense};
+}
+
+// Everything but `echo` and `induction`.
+inline HeadScoresParams head_scores_params(const Array& query, const Array& key, int64_t period, double scale) {
+  expect_dims(query, 4, "(batch, num_heads, tokens, head_dim)");
+  expect_dims(key, 4, "(batch, num_kv_heads, tokens, head_dim)");
+  expect_like(key, query);
+  expect_shape(key, {query.sizes[0], kAny, query.sizes[2], query.sizes[3]});
+  expect_rows(query);
+  expect_rows(key);
+  RAZOR_CHECK(key.sizes[1] > 0 && query.sizes[1] % key.sizes[1] == 0,
+              "query: expected a multiple of the ", key.sizes[1], " kv heads as num_heads, got ", query.sizes[1]);
+  return {.query = query.data,
+          .key = key.data,
+          .echo = nullptr,
+          .induction = nullptr,
+          .query_stride = {query.strides[0], query.strides[1], query.strides[2]},
+          .key_stride = {key.strides[0], key.strides[1], key.strides[2]},
+          .batch = query.sizes[0],
+          .num_heads = query.sizes[1],
+          .num_kv_heads = key.sizes[1],
+          .tokens = query.sizes[2],
+          .head_dim = query.sizes[3],
+          .period = period,
+          .format = format_of(query),
+          .scale = static_cast<float>(scale)};
+}
+
+}  // namespace razor::bindings

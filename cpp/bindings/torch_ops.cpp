@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+// torch.ops.razor.*: schemas and CPU implementations through torch's stable ABI. Checks -> params -> core, nothing else.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <tuple>
+
+#include "array_args.h"
+
+namespace {
+
+using razor::bindings::Array;
+using razor::bindings::CacheArrays;
+using razor::bindings::DType;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void torch_parallel_for_razor(int64_t begin, int64_t end, int64_t grain, razor::RangeFn body, void* context) {
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
+}
+
+DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::Int:
+      return DType::kInt32;
+    case ScalarType::Long:
+      return DType::kInt64;
+    case ScalarType::Bool:
+      return DType::kBool;
+    default:
+      return DType::kOther;
+  }
+}
+
+Array array(const char* name, const Tensor& t) {
+  RAZOR_CHECK(t.is_cpu(), name, ": expected a tensor on the CPU like the others, got one on another device");
+  return {.name = name,
+          .data = t.data_ptr(),
+          .dtype = dtype_of(t),
+          .dims = t.dim(),
+          .sizes = t.sizes().data(),
+          .strides = t.strides().data()};
+}
+
+std::optional<Array> array(const char* name, const std::optional<Tensor>& t) {
+  return t ? std::optional(array(name, *t)) : std::nullopt;
+}
+
+Tensor attention(Tensor query, Tensor key, Tensor value, Tensor key_pages, Tensor value_pages, Tensor page_table,
+                 Tensor seen, Tensor sink_size, Tensor window_size, Tensor compensate, Tensor key_sum, Tensor value_sum,
+                 std::optional<Tensor> alibi_slopes, std::optional<Tensor> pad, double scale, bool dense) {
+  const CacheArrays cache{array("key_pages", key_pages),     array("value_pages", value_pages),
+                          array("page_table", page_table),   array("seen", seen),
+                          array("sink_size", sink_size),     array("window_size", window_size),
+                          array("compensate", compensate),   array("key_sum", key_sum),
+                          array("value_sum", value_sum)};
+  razor::AttentionParams params =
+      razor::bindings::attention_params(array("query", query), array("key", key), array("value", value), cache,
+                                        array("alibi_slopes", alibi_slopes), array("pad", pad), scale, dense);
+  Tensor out = torch::stable::new_empty(query, query.sizes());
+  params.out = out.data_ptr();
+  razor::attention(params, torch_parallel_for_razor);
+  return out;
+}
+
+void append(Tensor key, Tensor value, Tensor key_pages, Tensor value_pages, Tensor page_table, Tensor seen,
+            Tensor sink_size, Tensor window_size, Tensor compensate, Tensor key_sum, Tensor value_sum,
+            std::optional<Tensor> pad) {
+  const CacheArrays cache{array("key_pages", key_pages),     array("value_pages", value_pages),
+                          array("page_table", page_table),   array("seen", seen),
+                          array("sink_size", sink_size),     array("window_size", window_size),
+                          array("compensate", compensate),   array("key_sum", key_sum),
+                          array("value_sum", value_sum)};
+  const Array keys = array("key", key);
+  const razor::NewTokens tokens = razor::bindings::new_tokens(keys, array("value", value), array("pad", pad));
+  razor::append(razor::bindings::cache_view(cache, keys), tokens, torch_parallel_for_razor);
+}
+
+std::tuple<Tensor, Tensor> head_scores(Tensor query, Tensor key, int64_t period, double scale) {
+  razor::HeadScoresParams params =
+      razor::bindings::head_scores_params(array("query", query), array("key", key), period, scale);
+  Tensor echo = torch::stable::new_empty(query, {params.batch, params.num_heads}, ScalarType::Float);
+  Tensor induction = torch::stable::new_empty(query, {params.batch, params.num_heads}, ScalarType::Float);
+  params.echo = static_cast<float*>(echo.data_ptr());
+  params.induction = static_cast<float*>(induction.data_ptr());
+  razor::head_scores(params, torch_parallel_for_razor);
+  return {echo, induction};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(razor, m) {
+  m.def(
+      "attention(Tensor query, Tensor key, Tensor value, Tensor key_pages, Tensor value_pages, Tensor page_table, "
+      "Tensor seen, Tensor sink_size, Tensor window_size, Tensor compensate, Tensor key_sum, Tensor value_sum, *, "
+      "Tensor? alibi_slopes=None, Tensor? pad=None, float scale, bool dense=False) -> Tensor");
+  m.def(
+      "append(Tensor key, Tensor value, Tensor(a!) key_pages, Tensor(b!) value_pages, Tensor page_table, "
+      "Tensor(c!) seen, Tensor sink_size, Tensor window_size, Tensor compensate, Tensor(d!) key_sum, "
+      "Tensor(e!) value_sum, *, Tensor? pad=None) -> ()");
+  m.def("head_scores(Tensor query, Tensor key, int period, *, float scale) -> (Tensor echo, Tensor induction)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(razor, CPU, m) {
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("append", TORCH_BOX(&append));
+  m.impl("head_scores", TORCH_BOX(&head_scores));
+}

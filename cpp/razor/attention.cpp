@@ -1,0 +1,330 @@
+// SPDX-License-Identifier: Apache-2.0
+// Work is cut into items of (sequence, kv head, block of queries, range of tokens). The cuts depend on shapes alone, so
+// results do not change with the number of threads. An item walks its tokens in tiles; items that share queries leave
+// their softmax states in a workspace and are merged in order.
+#include "razor/attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "razor/cpu/kernels.h"
+
+namespace razor {
+namespace {
+
+constexpr int64_t kBlockRows = 64;        // query rows (tokens x group) that share each loaded key
+constexpr int64_t kSplitTokens = 1024;    // tokens per item when there are few queries
+constexpr int64_t kSplitMaxQueries = 16;  // longer calls have enough items without splitting the tokens
+
+// Softmax states of `rows` queries over part of their tokens: maximum[rows], sum[rows], weighted[rows, head_dim].
+struct SoftmaxState {
+  float* maximum;
+  float* sum;
+  float* weighted;
+
+  static int64_t floats(int64_t rows, int64_t head_dim) { return rows * (head_dim + 2); }
+  SoftmaxState(float* memory, int64_t rows) : maximum(memory), sum(memory + rows), weighted(memory + 2 * rows) {}
+  void clear(int64_t rows, int64_t head_dim) {
+    std::fill_n(maximum, rows, -std::numeric_limits<float>::infinity());
+    std::fill_n(sum, rows, 0.0f);
+    std::fill_n(weighted, rows * head_dim, 0.0f);
+  }
+};
+
+// Queries [begin, end) of one page-table row, with the tokens that any of them sees as two ranges of positions:
+// the sinks, and everything from the oldest window on.
+struct Block {
+  CacheRow row;
+  int64_t begin, end;  // query indices in this call, padding excluded
+  int64_t sink_end, window_begin, window_end;
+  int64_t first_item, num_items;
+  int64_t dropped_sums;  // index of this block's sums in the workspace, -1: start from the cache's
+
+  int64_t position(int64_t query) const { return row.seen + query - row.pad; }
+  int64_t visible() const { return sink_end + window_end - window_begin; }
+};
+
+struct Item {
+  int64_t block;
+  int64_t begin, end;  // of the block's visible tokens, sinks first
+};
+
+struct WorkList {
+  std::vector<Block> blocks;
+  std::vector<Item> items;  // in block order
+  std::vector<int64_t> order;  // items, dearest first
+  int64_t block_tokens = 0;    // query tokens per block
+  int64_t num_sums = 0;        // blocks that need their own dropped sums
+};
+
+// First position that a query at `position` reads exactly beyond the sinks.
+int64_t oldest_kept(const CacheRow& row, int64_t position, bool dense) {
+  const int64_t oldest = dense ? row.seen - row.window : position - row.window + 1;
+  return std::max(row.sink, oldest);
+}
+
+WorkList cut(const AttentionParams& params) {
+  const int64_t group = params.num_heads / params.cache.num_kv_heads;
+  WorkList work;
+  work.block_tokens = std::max<int64_t>(1, kBlockRows / group);
+  for (int64_t r = 0; r < params.cache.batch * params.cache.num_kv_heads; ++r) {
+    const CacheRow row = cache_row(params.cache, params.tokens, r);
+    const bool moving = row.compensate && !params.dense;
+    for (int64_t begin = row.pad; begin < params.tokens.q_len; begin += work.block_tokens) {
+      Block block{.row = row, .begin = begin, .end = std::min(begin + work.block_tokens, params.tokens.q_len)};
+      block.window_end = block.position(block.end);
+      block.sink_end = std::min(row.sink, block.window_end);
+      block.window_begin = std::min(oldest_kept(row, block.position(begin), params.dense), block.window_end);
+      block.first_item = static_cast<int64_t>(work.items.size());
+      const int64_t visible = block.visible();
+      const int64_t step = params.tokens.q_len <= kSplitMaxQueries ? kSplitTokens : std::max<int64_t>(visible, 1);
+      const auto index = static_cast<int64_t>(work.blocks.size());
+      for (int64_t t = 0; t == 0 || t < visible; t += step) {
+        work.items.push_back({.block = index, .begin = t, .end = std::min(t + step, visible)});
+      }
+      block.num_items = static_cast<int64_t>(work.items.size()) - block.first_item;
+      block.dropped_sums = moving && begin > row.pad ? work.num_sums++ : -1;
+      work.blocks.push_back(block);
+    }
+  }
+  const auto cost = [&](int64_t i) {
+    const Item& item = work.items[i];
+    const Block& block = work.blocks[item.block];
+    return (item.end - item.begin) * (block.end - block.begin);
+  };
+  work.order.resize(work.items.size());
+  for (size_t i = 0; i < work.order.size(); ++i) work.order[i] = static_cast<int64_t>(i);
+  std::stable_sort(work.order.begin(), work.order.end(), [&](int64_t a, int64_t b) { return cost(a) > cost(b); });
+  return work;
+}
+
+// Scratch of one thread while it works on one block.
+struct Scratch {
+  std::vector<float> memory;
+  std::vector<int32_t> columns;
+  float *query, *logits, *bias, *slope, *state, *dropped;  // dropped: key sum, value sum, mean key, mean value
+  int32_t *first, *last;
+
+  Scratch(int64_t rows, int64_t head_dim) {
+    const int64_t state_floats = SoftmaxState::floats(rows, head_dim);
+    memory.resize(rows * (head_dim + cpu::kTileColumns + 2) + state_floats + 4 * head_dim);
+    columns.resize(2 * rows);
+    query = memory.data();
+    logits = query + rows * head_dim;
+    bias = logits + rows * cpu::kTileColumns;
+    slope = bias + rows;
+    first = columns.data();
+    last = first + rows;
+    state = slope + rows;
+    dropped = state + state_floats;
+  }
+};
+
+struct Worker {
+  const AttentionParams& params;
+  const Block& block;
+  Scratch& scratch;
+  SoftmaxState state;
+  const cpu::Kernels& kernels = cpu::kernels();
+  int64_t head_dim = params.cache.head_dim;
+  int64_t group = params.num_heads / params.cache.num_kv_heads;
+
+  // Row (query - block.begin) * group + g of the tile is query head head * group + g.
+  void load_queries() {
+    for (int64_t i = block.begin; i < block.end; ++i) {
+      for (int64_t g = 0; g < group; ++g) {
+        const int64_t offset = block.row.batch_index * params.query_stride[0] +
+                               (block.row.head * group + g) * params.query_stride[1] + i * params.query_stride[2];
+        kernels.load_row(static_cast<const char*>(params.query) + offset * element_size(params.cache.format), head_dim,
+                         params.cache.format, params.scale, scratch.query + ((i - block.begin) * group + g) * head_dim);
+      }
+    }
+  }
+
+  cpu::AttentionTile tile(int64_t first_row, int64_t rows) const {
+    return {.query = scratch.query + first_row * head_dim,
+            .first = scratch.first,
+            .last = scratch.last,
+            .bias = scratch.bias,
+            .slope = scratch.slope,
+            .maximum = state.maximum + first_row,
+            .sum = state.sum + first_row,
+            .weighted = state.weighted + first_row * head_dim,
+            .logits = scratch.logits,
+            .rows = rows,
+            .head_dim = head_dim,
+            .format = params.cache.format};
+  }
+
+  // Tokens [begin, end), all sinks or all beyond the sinks.
+  void attend_tokens(int64_t begin, int64_t end) {
+    const bool sinks = end <= block.row.sink;
+    while (begin < end) {
+      const Run run = next_run(params.cache, params.tokens, block.row, begin, end, cpu::kTileColumns);
+      cpu::AttentionTile t = tile(0, (block.end - block.begin) * group);
+      t.key = run.key, t.value = run.value;
+      t.key_stride = run.key_stride, t.value_stride = run.value_stride;
+      t.columns = run.count;
+      for (int64_t r = 0; r < t.rows; ++r) {
+        const int64_t p = block.position(block.begin + r / group);
+        const int64_t oldest = sinks ? 0 : oldest_kept(block.row, p, params.dense);
+        scratch.first[r] = static_cast<int32_t>(std::clamp<int64_t>(oldest - begin, 0, run.count));
+        scratch.last[r] = static_cast<int32_t>(std::clamp<int64_t>(p + 1 - begin, 0, run.count));
+        scratch.slope[r] = params.alibi_slopes ? params.alibi_slopes[block.row.head * group + r % group] : 0.0f;
+        scratch.bias[r] = -scratch.slope[r] * static_cast<float>(p - begin);
+      }
+      kernels.attention_tile(t);
+      begin += run.count;
+    }
+  }
+
+  // Tokens [begin, end) of the block's visible ones, sinks first.
+  void attend_visible(int64_t begin, int64_t end) {
+    attend_tokens(std::min(begin, block.sink_end), std::min(end, block.sink_end));
+    const int64_t shift = block.window_begin - block.sink_end;
+    attend_tokens(std::max(begin, block.sink_end) + shift, std::max(end, block.sink_end) + shift);
+  }
+
+  // The compensation row: for each query its own mean, one tile of `group` rows by one column.
+  void attend_dropped(const float* block_sums) {
+    const CacheRow& row = block.row;
+    float *key_sum = scratch.dropped, *value_sum = key_sum + head_dim;
+    float *key_mean = value_sum + head_dim, *value_mean = key_mean + head_dim;
+    int64_t summed = std::max(row.sink, row.seen - row.window);  // the sums hold tokens [sink, summed)
+    const float* start = params.cache.key_sum + row.table_row * head_dim;
+    const float* value_start = params.cache.value_sum + row.table_row * head_dim;
+    if (block_sums != nullptr) {
+      start = block_sums, value_start = block_sums + head_dim;
+      summed = oldest_kept(row, block.position(block.begin), params.dense);
+    }
+    std::copy_n(start, head_dim, key_sum);
+    std::copy_n(value_start, head_dim, value_sum);
+    std::fill_n(scratch.first, group, 0);
+    std::fill_n(scratch.last, group, 1);
+    std::fill_n(scratch.slope, group, 0.0f);
+    for (int64_t i = block.begin; i < block.end; ++i) {
+      // A window of 0 drops the query's own token too.
+      const int64_t oldest = oldest_kept(row, block.position(i), params.dense);
+      add_tokens(params.cache, params.tokens, row, summed, oldest, key_sum, value_sum);
+      summed = std::max(summed, oldest);
+      const int64_t dropped = summed - row.sink;
+      if (dropped == 0) continue;
+      kernels.load_row(key_sum, head_dim, KvFormat::kF32, 1.0f / static_cast<float>(dropped), key_mean);
+      kernels.load_row(value_sum, head_dim, KvFormat::kF32, 1.0f / static_cast<float>(dropped), value_mean);
+      std::fill_n(scratch.bias, group, std::log(static_cast<float>(dropped)));
+      cpu::AttentionTile t = tile((i - block.begin) * group, group);
+      t.key = key_mean, t.value = value_mean;
+      t.columns = 1;
+      t.format = KvFormat::kF32;
+      kernels.attention_tile(t);
+    }
+  }
+
+  void store() const {
+    char* out = static_cast<char*>(params.out);
+    for (int64_t r = 0; r < (block.end - block.begin) * group; ++r) {
+      const int64_t head = block.row.head * group + r % group, i = block.begin + r / group;
+      const int64_t offset = ((block.row.batch_index * params.num_heads + head) * params.tokens.q_len + i) * head_dim;
+      const float factor = state.sum[r] == 0.0f ? 0.0f : 1.0f / state.sum[r];
+      kernels.store_row(state.weighted + r * head_dim, head_dim, params.cache.format, factor,
+                        out + offset * element_size(params.cache.format));
+    }
+  }
+};
+
+// into := softmax over the tokens of both.
+void merge(const SoftmaxState& from, int64_t rows, int64_t head_dim, SoftmaxState& into) {
+  for (int64_t r = 0; r < rows; ++r) {
+    if (from.sum[r] == 0.0f) continue;
+    const float maximum = std::max(into.maximum[r], from.maximum[r]);
+    const float mine = into.sum[r] == 0.0f ? 0.0f : std::exp(into.maximum[r] - maximum);
+    const float theirs = std::exp(from.maximum[r] - maximum);
+    into.maximum[r] = maximum;
+    into.sum[r] = mine * into.sum[r] + theirs * from.sum[r];
+    for (int64_t d = 0; d < head_dim; ++d) {
+      float& x = into.weighted[r * head_dim + d];
+      x = mine * x + theirs * from.weighted[r * head_dim + d];
+    }
+  }
+}
+
+// Sums of the tokens dropped before the first query of each block but the first of a row: sums[num_sums, 2, head_dim].
+void sum_dropped(const AttentionParams& params, const WorkList& work, ParallelFor parallel_for, float* sums) {
+  const int64_t head_dim = params.cache.head_dim;
+  std::vector<int64_t> starts;  // the first block of each page-table row
+  for (size_t i = 0; i < work.blocks.size(); ++i) {
+    if (work.blocks[i].begin == work.blocks[i].row.pad) starts.push_back(static_cast<int64_t>(i));
+  }
+  for_each_item(parallel_for, static_cast<int64_t>(starts.size()), [&](int64_t s) {
+    const CacheRow& row = work.blocks[starts[s]].row;
+    const float* key_before = params.cache.key_sum + row.table_row * head_dim;
+    const float* value_before = params.cache.value_sum + row.table_row * head_dim;
+    int64_t summed = std::max(row.sink, row.seen - row.window);
+    for (size_t i = starts[s] + 1; i < work.blocks.size() && work.blocks[i].dropped_sums >= 0; ++i) {
+      float* key_sum = sums + work.blocks[i].dropped_sums * 2 * head_dim;
+      float* value_sum = key_sum + head_dim;
+      std::copy_n(key_before, head_dim, key_sum);
+      std::copy_n(value_before, head_dim, value_sum);
+      const int64_t oldest = oldest_kept(row, work.blocks[i].position(work.blocks[i].begin), /*dense=*/false);
+      add_tokens(params.cache, params.tokens, row, summed, oldest, key_sum, value_sum);
+      summed = std::max(summed, oldest);
+      key_before = key_sum, value_before = value_sum;
+    }
+  });
+}
+
+void zero_padding(const AttentionParams& params) {
+  if (params.tokens.pad == nullptr) return;
+  const int64_t row_bytes = params.cache.head_dim * element_size(params.cache.format);
+  for (int64_t bh = 0; bh < params.cache.batch * params.num_heads; ++bh) {
+    std::fill_n(static_cast<char*>(params.out) + bh * params.tokens.q_len * row_bytes,
+                params.tokens.pad[bh / params.num_heads] * row_bytes, 0);
+  }
+}
+
+}  // namespace
+
+void attention(const AttentionParams& params, ParallelFor parallel_for) {
+  check_cache(params.cache, params.tokens, /*with_new_tokens=*/false);
+  zero_padding(params);
+  const int64_t group = params.num_heads / params.cache.num_kv_heads, head_dim = params.cache.head_dim;
+  const WorkList work = cut(params);
+  std::vector<float> sums(work.num_sums * 2 * head_dim);
+  if (work.num_sums > 0) sum_dropped(params, work, parallel_for, sums.data());
+
+  const int64_t block_rows = work.block_tokens * group;
+  const int64_t state_floats = SoftmaxState::floats(block_rows, head_dim);
+  const bool split = params.tokens.q_len <= kSplitMaxQueries;
+  std::vector<float> states(split ? work.items.size() * state_floats : 0);
+
+  for_each_item(parallel_for, static_cast<int64_t>(work.items.size()), [&](int64_t i) {
+    const Item& item = work.items[work.order[i]];
+    const Block& block = work.blocks[item.block];
+    Scratch scratch(block_rows, head_dim);
+    float* memory = split ? states.data() + work.order[i] * state_floats : scratch.state;
+    Worker worker{params, block, scratch, SoftmaxState(memory, block_rows)};
+    worker.state.clear(block_rows, head_dim);
+    worker.load_queries();
+    worker.attend_visible(item.begin, item.end);
+    if (block.row.compensate && item.end == block.visible()) {
+      worker.attend_dropped(block.dropped_sums < 0 ? nullptr : sums.data() + block.dropped_sums * 2 * head_dim);
+    }
+    if (block.num_items == 1) worker.store();
+  });
+
+  if (!split) return;
+  for_each_item(parallel_for, static_cast<int64_t>(work.blocks.size()), [&](int64_t b) {
+    const Block& block = work.blocks[b];
+    if (block.num_items == 1) return;
+    SoftmaxState total(states.data() + block.first_item * state_floats, block_rows);
+    for (int64_t i = block.first_item + 1; i < block.first_item + block.num_items; ++i) {
+      merge(SoftmaxState(states.data() + i * state_floats, block_rows), (block.end - block.begin) * group, head_dim, total);
+    }
+    Scratch scratch(0, 0);
+    Worker{params, block, scratch, total}.store();
+  });
+}
+
+}  // namespace razor

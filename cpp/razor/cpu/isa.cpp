@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "razor/cpu/isa.h"
+
+#include <cstdlib>
+#include <string>
+
+namespace razor::cpu {
+namespace {
+
+constexpr Isa kAll[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512};  // ascending
+
+bool has(Isa isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  switch (isa) {
+    case Isa::kScalar:
+      return true;
+    case Isa::kAvx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    case Isa::kAvx512:
+      return has(Isa::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  }
+  return false;
+#else
+  return isa == Isa::kScalar;
+#endif
+}
+
+std::string names(bool only_present) {
+  std::string list;
+  for (Isa isa : kAll) {
+    if (only_present && !has(isa)) continue;
+    list += (list.empty() ? "" : ", ") + std::string(name(isa));
+  }
+  return list;
+}
+
+Isa choose() {
+  const char* wanted = std::getenv("RAZOR_ISA");
+  if (wanted == nullptr || *wanted == '\0') {
+    Isa best = Isa::kScalar;
+    for (Isa isa : kAll) {
+      if (has(isa)) best = isa;
+    }
+    return best;
+  }
+  for (Isa isa : kAll) {
+    if (std::string(wanted) != name(isa)) continue;
+    RAZOR_CHECK(has(isa), "RAZOR_ISA: expected an instruction set of this CPU (", names(/*only_present=*/true), "), got ",
+                wanted);
+    return isa;
+  }
+  detail::fail("RAZOR_ISA: expected one of ", names(/*only_present=*/false), ", got ", wanted);
+}
+
+}  // namespace
+
+const char* name(Isa isa) {
+  switch (isa) {
+    case Isa::kScalar:
+      return "scalar";
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kAvx512:
+      return "avx512";
+  }
+  return "unknown";
+}
+
+Isa chosen_isa() {
+  static const Isa isa = choose();
+  return isa;
+}
+
+}  // namespace razor::cpu
+
+namespace razor {
+const char* isa() { return cpu::name(cpu::chosen_isa()); }
+}  // namespace razor

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+// The table of CPU kernels, one per instruction set. Kernels see flat tiles, never a cache, a page table or a plan.
+#pragma once
+
+#include <stdint.h>
+
+#include "razor/kv_format.h"
+
+namespace razor::cpu {
+
+inline constexpr int64_t kTileColumns = 64;  // most keys in one tile
+
+// Some query rows against some consecutive keys. logit[r][c] = query_r . key_c + bias[r] + slope[r] * c for the visible
+// columns first[r] <= c < last[r]; the softmax state of each row takes them in.
+struct AttentionTile {
+  const float* query;          // [rows, head_dim], already multiplied by the softmax scale
+  const void* key;             // [columns, head_dim] of format, key_stride apart
+  const void* value;           // [columns, head_dim] of format, value_stride apart; not read by score_tile
+  const int32_t* first;        // [rows] first visible column
+  const int32_t* last;         // [rows] one past the last visible column
+  const float* bias;           // [rows]
+  const float* slope;          // [rows] logit per column
+  float* maximum;              // [rows] state: largest logit so far, -inf at the start
+  float* sum;                  // [rows] state: sum of exp(logit - maximum)
+  float* weighted;             // [rows, head_dim] state: sum of exp(logit - maximum) * value; not touched by score_tile
+  float* logits;               // [rows, kTileColumns] scratch
+  int64_t rows, columns, head_dim;
+  int64_t key_stride, value_stride;  // elements
+  KvFormat format;
+};
+
+struct Kernels {
+  void (*attention_tile)(const AttentionTile& tile);
+  void (*score_tile)(const AttentionTile& tile);  // maximum and sum only
+  // sum[i] += sum over rows of row[i]; the block is summed by itself and added once.
+  void (*add_rows)(const void* rows, int64_t stride, int64_t count, int64_t head_dim, KvFormat format, float* sum);
+  // out[i] = factor * row[i]
+  void (*load_row)(const void* row, int64_t head_dim, KvFormat format, float factor, float* out);
+  // row[i] = factor * in[i], rounded to nearest even
+  void (*store_row)(const float* in, int64_t head_dim, KvFormat format, float factor, void* row);
+  float (*dot)(const float* query, const void* key, int64_t head_dim, KvFormat format);
+};
+
+extern const Kernels kernels_scalar;
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+
+// The table of chosen_isa().
+[[nodiscard]] const Kernels& kernels();
+
+}  // namespace razor::cpu

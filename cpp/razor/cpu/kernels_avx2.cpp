@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+#define RAZOR_ISA_NAMESPACE avx2
+#include "razor/cpu/vec_avx2.h"
+// After Vec, which they are written against.
+#include "razor/cpu/attention-inl.h"
+#include "razor/cpu/kv_rows-inl.h"
+
+namespace razor::cpu {
+const Kernels kernels_avx2 = {.attention_tile = avx2::attention_tile,
+                            .score_tile = avx2::score_tile,
+                            .add_rows = avx2::add_rows,
+                            .load_row = avx2::load_row,
+                            .store_row = avx2::store_row,
+                            .dot = avx2::dot};
+}  // namespace razor::cpu

@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+#define RAZOR_ISA_NAMESPACE avx512
+#include "razor/cpu/vec_avx512.h"
+// After Vec, which they are written against.
+#include "razor/cpu/attention-inl.h"
+#include "razor/cpu/kv_rows-inl.h"
+
+namespace razor::cpu {
+const Kernels kernels_avx512 = {.attention_tile = avx512::attention_tile,
+                            .score_tile = avx512::score_tile,
+                            .add_rows = avx512::add_rows,
+                            .load_row = avx512::load_row,
+                            .store_row = avx512::store_row,
+                            .dot = avx512::dot};
+}  // namespace razor::cpu

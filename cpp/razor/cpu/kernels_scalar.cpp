@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+#define RAZOR_ISA_NAMESPACE scalar
+#include "razor/cpu/vec_scalar.h"
+// After Vec, which they are written against.
+#include "razor/cpu/attention-inl.h"
+#include "razor/cpu/kv_rows-inl.h"
+
+namespace razor::cpu {
+const Kernels kernels_scalar = {.attention_tile = scalar::attention_tile,
+                            .score_tile = scalar::score_tile,
+                            .add_rows = scalar::add_rows,
+                            .load_row = scalar::load_row,
+                            .store_row = scalar::store_row,
+                            .dot = scalar::dot};
+}  // namespace razor::cpu

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+// Single cache rows, written once against Vec: decode, encode, dot product, sum of consecutive rows.
+// Uses load_upto and store_upto of attention-inl.h.
+
+namespace razor::cpu::RAZOR_ISA_NAMESPACE {
+namespace {
+
+template <class T>
+inline void add_typed_rows(const T* rows, int64_t stride, int64_t count, int64_t head_dim, float* sum) {
+  for (int64_t d = 0; d < head_dim; d += Vec::kLanes) {
+    const int64_t width = head_dim - d;
+    Vec total = Vec::zero();
+    for (int64_t i = 0; i < count; ++i) total = add(total, load_upto(rows + i * stride + d, width));
+    store_upto(add(load_upto(sum + d, width), total), sum + d, width);
+  }
+}
+
+template <class From, class To>
+inline void scale_row(const From* in, int64_t head_dim, float factor, To* out) {
+  const Vec f = Vec::fill(factor);
+  for (int64_t d = 0; d < head_dim; d += Vec::kLanes) {
+    store_upto(mul(load_upto(in + d, head_dim - d), f), out + d, head_dim - d);
+  }
+}
+
+template <class T>
+inline float typed_dot(const float* query, const T* key, int64_t head_dim) {
+  float logits[kTileColumns];
+  block_logits<1, 1>(query, key, /*key_stride=*/0, head_dim, logits);
+  return logits[0];
+}
+
+void add_rows(const void* rows, int64_t stride, int64_t count, int64_t head_dim, KvFormat format, float* sum) {
+  switch (format) {
+    case KvFormat::kF32:
+      return add_typed_rows(static_cast<const float*>(rows), stride, count, head_dim, sum);
+    case KvFormat::kBF16:
+      return add_typed_rows(static_cast<const BFloat16*>(rows), stride, count, head_dim, sum);
+    case KvFormat::kF16:
+      return add_typed_rows(static_cast<const Float16*>(rows), stride, count, head_dim, sum);
+  }
+}
+
+void load_row(const void* row, int64_t head_dim, KvFormat format, float factor, float* out) {
+  switch (format) {
+    case KvFormat::kF32:
+      return scale_row(static_cast<const float*>(row), head_dim, factor, out);
+    case KvFormat::kBF16:
+      return scale_row(static_cast<const BFloat16*>(row), head_dim, factor, out);
+    case KvFormat::kF16:
+      return scale_row(static_cast<const Float16*>(row), head_dim, factor, out);
+  }
+}
+
+void store_row(const float* in, int64_t head_dim, KvFormat format, float factor, void* row) {
+  switch (format) {
+    case KvFormat::kF32:
+      return scale_row(in, head_dim, factor, static_cast<float*>(row));
+    case KvFormat::kBF16:
+      return scale_row(in, head_dim, factor, static_cast<BFloat16*>(row));
+    case KvFormat::kF16:
+      return scale_row(in, head_dim, factor, static_cast<Float16*>(row));
+  }
+}
+
+float dot(const float* query, const void* key, int64_t head_dim, KvFormat format) {
+  switch (format) {
+    case KvFormat::kF32:
+      return typed_dot(query, static_cast<const float*>(key), head_dim);
+    case KvFormat::kBF16:
+      return typed_dot(query, static_cast<const BFloat16*>(key), head_dim);
+    case KvFormat::kF16:
+      return typed_dot(query, static_cast<const Float16*>(key), head_dim);
+  }
+  return 0.0f;
+}
+
+}  // namespace
+}  // namespace razor::cpu::RAZOR_ISA_NAMESPACE

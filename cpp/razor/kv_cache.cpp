@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "razor/kv_cache.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "razor/cpu/kernels.h"
+
+namespace razor {
+namespace {
+
+int64_t row_of_token(const CacheRow& row, int64_t position) {
+  return position < row.sink ? position : row.sink + (position - row.sink) % row.window;
+}
+
+// Elements from the start of key_pages or value_pages to the row of a kept token.
+int64_t page_offset(const KvCacheView& cache, const CacheRow& row, int64_t cache_row_index) {
+  const int64_t page = cache.page_table[row.table_row * cache.max_pages + cache_row_index / cache.page_size];
+  return (page * cache.page_size + cache_row_index % cache.page_size) * cache.head_dim;
+}
+
+// Tokens from `position` on that lie in one page without crossing the end of the sinks or the turn of the ring.
+int64_t contiguous_tokens(const KvCacheView& cache, const CacheRow& row, int64_t position) {
+  const int64_t index = row_of_token(row, position);
+  const int64_t in_page = cache.page_size - index % cache.page_size;
+  const int64_t in_part = position < row.sink ? row.sink - position : row.sink + row.window - index;
+  return std::min(in_page, in_part);
+}
+
+template <class T>
+T* advance(T* base, int64_t elements, KvFormat format) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<Byte*>(base) + elements * element_size(format);
+}
+
+void copy_rows(const void* source, int64_t stride, int64_t count, int64_t head_dim, KvFormat format, void* target) {
+  const int64_t bytes = head_dim * element_size(format);
+  if (stride == head_dim) {
+    std::memcpy(target, source, bytes * count);
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    std::memcpy(static_cast<char*>(target) + i * bytes,
+                static_cast<const char*>(source) + i * stride * element_size(format), bytes);
+  }
+}
+
+void store_tokens(const KvCacheView& cache, const NewTokens& tokens, const CacheRow& row, int64_t begin, int64_t end) {
+  while (begin < end) {
+    const Run run = next_run(cache, tokens, row, begin, end, contiguous_tokens(cache, row, begin));
+    const int64_t target = page_offset(cache, row, row_of_token(row, begin));
+    copy_rows(run.key, run.key_stride, run.count, cache.head_dim, cache.format,
+              advance(static_cast<char*>(cache.key_pages), target, cache.format));
+    copy_rows(run.value, run.value_stride, run.count, cache.head_dim, cache.format,
+              advance(static_cast<char*>(cache.value_pages), target, cache.format));
+    begin += run.count;
+  }
+}
+
+}  // namespace
+
+CacheRow cache_row(const KvCacheView& cache, const NewTokens& tokens, int64_t table_row) {
+  const int64_t b = table_row / cache.num_kv_heads, h = table_row % cache.num_kv_heads;
+  return {.batch_index = b,
+          .head = h,
+          .table_row = table_row,
+          .sink = cache.sink_size[h],
+          .window = cache.window_size[h],
+          .compensate = cache.compensate[h] && cache.window_size[h] != kFull,
+          .seen = cache.seen[b],
+          .pad = tokens.pad ? tokens.pad[b] : 0};
+}
+
+Run next_run(const KvCacheView& cache, const NewTokens& tokens, const CacheRow& row, int64_t position, int64_t end,
+             int64_t max_count) {
+  if (position >= row.seen) {
+    const int64_t token = position - row.seen + row.pad;
+    const auto start = [&](const void* base, const int64_t (&stride)[3]) {
+      return advance(static_cast<const char*>(base),
+                     row.batch_index * stride[0] + row.head * stride[1] + token * stride[2], cache.format);
+    };
+    return {.key = start(tokens.key, tokens.key_stride),
+            .value = start(tokens.value, tokens.value_stride),
+            .key_stride = tokens.key_stride[2],
+            .value_stride = tokens.value_stride[2],
+            .count = std::min(end - position, max_count)};
+  }
+  const int64_t offset = page_offset(cache, row, row_of_token(row, position));
+  return {.key = advance(static_cast<const char*>(cache.key_pages), offset, cache.format),
+          .value = advance(static_cast<const char*>(cache.value_pages), offset, cache.format),
+          .key_stride = cache.head_dim,
+          .value_stride = cache.head_dim,
+          .count = std::min({end - position, row.seen - position, max_count, contiguous_tokens(cache, row, position)})};
+}
+
+void add_tokens(const KvCacheView& cache, const NewTokens& tokens, const CacheRow& row, int64_t begin, int64_t end,
+                float* key_sum, float* value_sum) {
+  const auto& kernels = cpu::kernels();
+  while (begin < end) {
+    const Run run = next_run(cache, tokens, row, begin, end, end - begin);
+    kernels.add_rows(run.key, run.key_stride, run.count, cache.head_dim, cache.format, key_sum);
+    kernels.add_rows(run.value, run.value_stride, run.count, cache.head_dim, cache.format, value_sum);
+    begin += run.count;
+  }
+}
+
+void check_cache(const KvCacheView& cache, const NewTokens& tokens, bool with_new_tokens) {
+  for (int64_t h = 0; h < cache.num_kv_heads; ++h) {
+    RAZOR_CHECK(cache.sink_size[h] >= 0, "sink_size: expected values >= 0, got ", cache.sink_size[h], " for kv head ", h);
+    RAZOR_CHECK(cache.window_size[h] >= 0, "window_size: expected values >= 0, got ", cache.window_size[h],
+                " for kv head ", h);
+  }
+  for (int64_t b = 0; b < cache.batch; ++b) {
+    RAZOR_CHECK(cache.seen[b] >= 0, "seen: expected values >= 0, got ", cache.seen[b], " for sequence ", b);
+    const int64_t pad = tokens.pad ? tokens.pad[b] : 0;
+    RAZOR_CHECK(pad >= 0 && pad <= tokens.q_len, "pad: expected values from 0 to ", tokens.q_len, ", got ", pad,
+                " for sequence ", b);
+  }
+  for (int64_t r = 0; r < cache.batch * cache.num_kv_heads; ++r) {
+    const CacheRow row = cache_row(cache, tokens, r);
+    const int64_t tokens_after = row.seen + (with_new_tokens ? tokens.q_len - row.pad : 0);
+    const int64_t pages = (std::min(tokens_after, row.sink + row.window) + cache.page_size - 1) / cache.page_size;
+    RAZOR_CHECK(pages <= cache.max_pages, "page_table: expected at least ", pages, " pages for sequence ",
+                row.batch_index, ", kv head ", row.head, ", got ", cache.max_pages);
+    for (int64_t i = 0; i < pages; ++i) {
+      const int32_t page = cache.page_table[r * cache.max_pages + i];
+      RAZOR_CHECK(page >= 0 && page < cache.num_pages, "page_table: expected page ids from 0 to ", cache.num_pages - 1,
+                  ", got ", page, " for sequence ", row.batch_index, ", kv head ", row.head);
+    }
+  }
+}
+
+void append(const KvCacheView& cache, const NewTokens& tokens, ParallelFor parallel_for) {
+  check_cache(cache, tokens, /*with_new_tokens=*/true);
+  for_each_item(parallel_for, cache.batch * cache.num_kv_heads, [&](int64_t r) {
+    const CacheRow row = cache_row(cache, tokens, r);
+    const int64_t end = row.seen + tokens.q_len - row.pad;
+    // Tokens in [sink, end - window) are dropped afterwards; those before seen - window already were.
+    const int64_t dropped_end = std::max(row.sink, end - row.window);
+    if (row.compensate) {
+      add_tokens(cache, tokens, row, std::max(row.sink, row.seen - row.window), dropped_end,
+                 cache.key_sum + r * cache.head_dim, cache.value_sum + r * cache.head_dim);
+    }
+    store_tokens(cache, tokens, row, row.seen, std::min(row.sink, end));
+    store_tokens(cache, tokens, row, std::max(row.seen, dropped_end), end);
+  });
+  for (int64_t b = 0; b < cache.batch; ++b) cache.seen[b] += tokens.q_len - (tokens.pad ? tokens.pad[b] : 0);
+}
+
+}  // namespace razor

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// One layer's compressed KV cache: page pool, page table, policy per kv head, compensation sums.
+//
+// A page-table row belongs to one (sequence, kv head): b * num_kv_heads + h. Token t (counted from 0, padding not
+// counted) lives in cache row t if t < sink_size, else in row sink_size + (t - sink_size) mod window_size; the tokens
+// kept after `seen` tokens are t < sink_size and t >= seen - window_size. Everything else has been dropped and lives
+// on only in key_sum and value_sum. Positions, lengths and the dropped count all follow from `seen` and the policy.
+#pragma once
+
+#include <cstdint>
+
+#include "razor/check.h"
+#include "razor/kv_format.h"
+#include "razor/parallel.h"
+
+namespace razor {
+
+inline constexpr int32_t kFull = INT32_MAX;  // window_size of a head that keeps every token
+
+struct KvCacheView {
+  void* key_pages;             // [num_pages, page_size, head_dim] of format
+  void* value_pages;           // [num_pages, page_size, head_dim] of format
+  const int32_t* page_table;   // [batch * num_kv_heads, max_pages] page ids; entries past a row's length are not read
+  int64_t* seen;               // [batch] tokens stored so far
+  const int32_t* sink_size;    // [num_kv_heads] tokens
+  const int32_t* window_size;  // [num_kv_heads] tokens, kFull keeps all
+  const bool* compensate;      // [num_kv_heads]
+  float* key_sum;              // [batch * num_kv_heads, head_dim] sum of the dropped keys
+  float* value_sum;            // [batch * num_kv_heads, head_dim]
+  int64_t batch, num_kv_heads, head_dim, num_pages, page_size, max_pages;
+  KvFormat format;
+};
+
+// Keys and values of this call's tokens, not yet in the cache. Strides in elements; the last dimension is contiguous.
+struct NewTokens {
+  const void* key;     // [batch, num_kv_heads, q_len, head_dim] of the cache's format
+  const void* value;   // [batch, num_kv_heads, q_len, head_dim]
+  const int64_t* pad;  // [batch] leading tokens of this call that are padding, nullable (none)
+  int64_t key_stride[3], value_stride[3];  // batch, head, token
+  int64_t q_len;
+};
+
+// One (sequence, kv head) as the kernels' callers see it.
+struct CacheRow {
+  int64_t batch_index, head, table_row;  // table_row = batch_index * num_kv_heads + head
+  int64_t sink, window;                  // tokens
+  bool compensate;
+  int64_t seen, pad;  // tokens stored before this call; padding tokens of this call
+};
+
+// Consecutive tokens whose rows are evenly spaced in memory.
+struct Run {
+  const void* key;
+  const void* value;
+  int64_t key_stride, value_stride;  // elements
+  int64_t count;                     // tokens
+};
+
+[[nodiscard]] CacheRow cache_row(const KvCacheView& cache, const NewTokens& tokens, int64_t table_row);
+
+// The longest run (of at most max_count tokens) that starts at token `position` and ends before `end`. The token must
+// be a kept one or one of this call's.
+[[nodiscard]] Run next_run(const KvCacheView& cache, const NewTokens& tokens, const CacheRow& row, int64_t position,
+                           int64_t end, int64_t max_count);
+
+// Adds the keys and values of tokens [begin, end) to key_sum[head_dim] and value_sum[head_dim].
+void add_tokens(const KvCacheView& cache, const NewTokens& tokens, const CacheRow& row, int64_t begin, int64_t end,
+                float* key_sum, float* value_sum);
+
+// Values that only memory can tell: policy signs, seen, pad, and that the page table holds valid ids for `extra` more
+// tokens of each row (0: as stored). Shapes are the bindings' business.
+void check_cache(const KvCacheView& cache, const NewTokens& tokens, bool with_new_tokens);
+
+// Stores the new tokens by policy: what leaves a window goes into the sums, then `seen` grows. All or nothing.
+RAZOR_API void append(const KvCacheView& cache, const NewTokens& tokens, ParallelFor parallel_for);
+
+}  // namespace razor

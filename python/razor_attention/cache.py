@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LayerCache: one layer's compressed KV cache. Owns the tensors; what they mean is said in cpp/razor/kv_cache.h."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .plan import FULL
+
+_GROWTH = 1.25  # of the page pool; a pool is one layer's, so growing never copies the whole cache
+
+
+class LayerCache:
+    """Keys and values of one layer, each kv head by its own policy, in pages taken from one pool.
+
+    A full head keeps every token. A compressed head keeps its first `sink_size` tokens and a ring of the last
+    `window_size`, and, if it compensates, the running sums of everything dropped. The window slides in decode too.
+
+    Args:
+        sink_size: (num_kv_heads,), int32, or a sequence of ints. First tokens kept.
+        window_size: (num_kv_heads,), int32, or a sequence of ints. Last tokens kept; FULL keeps everything.
+        compensate: (num_kv_heads,), bool, or a sequence of bools.
+        batch_size: sequences.
+        head_dim: elements of one key or value.
+        dtype: float32, bfloat16 or float16.
+        device: where the tensors live; devices without kernels run the reference.
+        page_size: tokens in a page, a multiple of 16.
+        alibi_slopes: (num_heads,), float32. None: no ALiBi.
+
+    Raises:
+        ValueError: page_size: expected a positive multiple of 16, got 20
+    """
+
+    def __init__(
+        self,
+        sink_size: Tensor | Sequence[int],
+        window_size: Tensor | Sequence[int],
+        compensate: Tensor | Sequence[bool],
+        *,
+        batch_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        page_size: int = 64,
+        alibi_slopes: Tensor | None = None,
+    ) -> None:
+        if page_size < 16 or page_size % 16:
+            raise ValueError(f"page_size: expected a positive multiple of 16, got {page_size}")
+        for name, number in (("batch_size", batch_size), ("head_dim", head_dim)):
+            if number < 1:
+                raise ValueError(f"{name}: expected a value >= 1, got {number}")
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+        self.sink_size = torch.as_tensor(sink_size, dtype=torch.int32).to(device)
+        self.window_size = torch.as_tensor(window_size, dtype=torch.int32).to(device)
+        self.compensate = torch.as_tensor(compensate, dtype=torch.bool).to(device)
+        num_kv_heads = self.sink_size.numel()
+        for name, tensor in (
+            ("sink_size", self.sink_size),
+            ("window_size", self.window_size),
+            ("compensate", self.compensate),
+        ):
+            if tensor.shape != (num_kv_heads,) or num_kv_heads == 0:
+                raise ValueError(f"{name}: expected shape [{num_kv_heads or 'num_kv_heads'}], got {list(tensor.shape)}")
+            if name != "compensate" and bool((tensor < 0).any()):
+                raise ValueError(f"{name}: expected values >= 0, got {int(tensor.min())}")
+        self.alibi_slopes = None if alibi_slopes is None else alibi_slopes.to(device, torch.float32)
+        self.seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.key_pages = torch.empty(0, page_size, head_dim, dtype=dtype, device=device)
+        self.value_pages = torch.empty_like(self.key_pages)
+        rows = batch_size * num_kv_heads
+        self.page_table = torch.empty(rows, 0, dtype=torch.int32, device=device)
+        self.key_sum = torch.zeros(rows, head_dim, dtype=torch.float32, device=device)
+        self.value_sum = torch.zeros_like(self.key_sum)
+        # Most rows of one (sequence, kv head), [num_kv_heads] int64.
+        self._most_rows = torch.where(
+            self.window_size == FULL, torch.iinfo(torch.int64).max, self.sink_size.long() + self.window_size.long()
+        )
+        self._free_pages: list[int] = []
+
+    @property
+    def batch_size(self) -> int:
+        return self.seen.shape[0]
+
+    @property
+    def page_size(self) -> int:
+        return self.key_pages.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages in use plus the sums of the heads that compensate: what `Plan.kv_bytes` promises."""
+        head_dim = self.key_pages.shape[2]
+        pages = int(self._pages(self.seen).sum()) * self.page_size * head_dim
+        sums = int((self.compensate & (self.window_size != FULL)).sum()) * self.batch_size * head_dim
+        return 2 * (pages * self.key_pages.element_size() + sums * self.key_sum.element_size())
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = None,
+        pad: Tensor | None = None,
+        dense: bool = False,
+    ) -> Tensor:
+        """Attention of new tokens over the cache and themselves, then the tokens are stored.
+
+        Args:
+            query: (batch, num_heads, q_len, head_dim), the cache's dtype. Rotated queries.
+            key: (batch, num_kv_heads, q_len, head_dim), the cache's dtype. Rotated keys.
+            value: (batch, num_kv_heads, q_len, head_dim), the cache's dtype.
+            scale: factor on q.k; None: head_dim ** -0.5.
+            pad: (batch,), int64. Leading new tokens of each sequence that are padding: not stored, output zeros.
+            dense: queries read every token of this call and every kept row (the paper's prefill); what is stored
+                afterwards follows the policy all the same.
+
+        Returns:
+            (batch, num_heads, q_len, head_dim), dtype of query.
+
+        Raises:
+            ValueError: as `ops.attention` and `ops.append`; the cache is then as it was.
+        """
+        out = ops.attention(
+            query,
+            key,
+            value,
+            *self._tensors(),
+            alibi_slopes=self.alibi_slopes,
+            pad=pad,
+            scale=scale,
+            dense=dense,
+        )
+        self.append(key, value, pad=pad)
+        return out
+
+    def append(self, key: Tensor, value: Tensor, *, pad: Tensor | None = None) -> None:
+        """Store new tokens by policy.
+
+        Args:
+            key: (batch, num_kv_heads, q_len, head_dim), the cache's dtype. Rotated keys.
+            value: (batch, num_kv_heads, q_len, head_dim), the cache's dtype.
+            pad: (batch,), int64. Leading new tokens of each sequence that are padding: not stored.
+
+        Raises:
+            ValueError: as `ops.append`; the cache is then as it was.
+        """
+        ops.check_append(key, value, *self._tensors(), pad=pad)
+        taken = self._take_pages(self.seen + (key.shape[2] if pad is None else key.shape[2] - pad))
+        try:
+            ops.append(key, value, *self._tensors(), pad=pad)
+        except BaseException:
+            self._free_pages += taken
+            raise
+
+    def reorder(self, index: Tensor) -> None:
+        """Make sequence i what sequence index[i] was (beam search); the batch size becomes len(index).
+
+        Args:
+            index: (new_batch,), int64. May repeat and leave out sequences.
+
+        Raises:
+            ValueError: index: expected values from 0 to 2, got 3
+        """
+        sources = index.tolist()
+        if index.dim() != 1 or not sources:
+            raise ValueError(f"index: expected shape [new_batch], got {list(index.shape)}")
+        for source in sources:
+            if not 0 <= source < self.batch_size:
+                raise ValueError(f"index: expected values from 0 to {self.batch_size - 1}, got {source}")
+        heads = self.sink_size.numel()
+        pages = self._pages(self.seen).view(-1, heads).tolist()
+        old_table = self.page_table.view(self.batch_size, heads, -1)
+        gone = [
+            int(page)
+            for b in set(range(self.batch_size)) - set(sources)
+            for h in range(heads)
+            for page in old_table[b, h, : pages[b][h]]
+        ]
+        needed = sum(sum(pages[s]) for s in sources) - sum(sum(pages[s]) for s in set(sources))
+        self._reserve(needed - len(gone))
+        self._free_pages += gone
+        index = index.to(self.seen.device, torch.int64)
+        table = old_table[index]
+        copies: list[tuple[int, int]] = []  # (from page, to page)
+        for i, source in enumerate(sources):
+            if source not in sources[:i]:
+                continue  # the first to ask keeps the pages, later ones get copies
+            for h in range(heads):
+                for p in range(pages[source][h]):
+                    copies.append((int(table[i, h, p]), self._free_pages.pop()))
+                    table[i, h, p] = copies[-1][1]
+        if copies:
+            old, new = (torch.tensor(side, device=self.seen.device) for side in zip(*copies, strict=True))
+            self.key_pages[new] = self.key_pages[old]
+            self.value_pages[new] = self.value_pages[old]
+        self.page_table = table.reshape(len(sources) * heads, -1)
+        self.seen = self.seen[index]
+        self.key_sum = self.key_sum.view(-1, heads, self.key_sum.shape[1])[index].flatten(0, 1)
+        self.value_sum = self.value_sum.view(-1, heads, self.value_sum.shape[1])[index].flatten(0, 1)
+
+    def reset(self) -> None:
+        """Forget every token and give the memory back."""
+        self.seen.zero_()
+        self.key_sum.zero_()
+        self.value_sum.zero_()
+        self.key_pages = self.key_pages.new_empty(0, *self.key_pages.shape[1:])
+        self.value_pages = torch.empty_like(self.key_pages)
+        self.page_table = self.page_table.new_empty(self.page_table.shape[0], 0)
+        self._free_pages = []
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return (
+            self.key_pages,
+            self.value_pages,
+            self.page_table,
+            self.seen,
+            self.sink_size,
+            self.window_size,
+            self.compensate,
+            self.key_sum,
+            self.value_sum,
+        )
+
+    def _pages(self, seen: Tensor) -> Tensor:
+        """Pages of each page-table row after `seen` tokens: (batch * num_kv_heads,), int64."""
+        rows = torch.minimum(seen[:, None], self._most_rows)
+        return ((rows + self.page_size - 1) // self.page_size).flatten()
+
+    def _take_pages(self, after: Tensor) -> list[int]:
+        """Give each page-table row the pages it needs to grow from `seen` to `after` tokens; returns these pages."""
+        have, need = self._pages(self.seen), self._pages(after)
+        total = max(0, int((need - have).sum()))
+        if total == 0:
+            return []
+        self._reserve(total)
+        columns = int(need.max())
+        if columns > self.page_table.shape[1]:
+            old, width = self.page_table, self.page_table.shape[1]
+            self.page_table = old.new_full((old.shape[0], max(columns, int(width * _GROWTH))), -1)
+            self.page_table[:, :width] = old
+        column = torch.arange(self.page_table.shape[1], device=need.device)
+        missing = (column >= have[:, None]) & (column < need[:, None])
+        taken = self._free_pages[-total:]
+        del self._free_pages[-total:]
+        self.page_table[missing] = torch.tensor(taken, dtype=torch.int32, device=need.device)
+        return taken
+
+    def _reserve(self, pages: int) -> None:
+        """Grow the pool until `pages` of it are free; on the CPU untouched pages take no memory."""
+        capacity, missing = self.key_pages.shape[0], pages - len(self._free_pages)
+        if missing <= 0:
+            return
+        size = max(capacity + missing, int(capacity * _GROWTH))
+        # One after the other, so that at most one of the two exists twice at a time.
+        for name in ("key_pages", "value_pages"):
+            old = getattr(self, name)
+            grown = old.new_empty(size, *old.shape[1:])
+            grown[:capacity] = old
+            setattr(self, name, grown)
+        self._free_pages = [*range(size - 1, capacity - 1, -1), *self._free_pages]

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every op means, in plain PyTorch, in float64 where the device has it. Slow; every fast path is compared with it.
+
+Letters: G = num_heads / num_kv_heads query heads of one kv head, N = new tokens that are not padding, D = head_dim.
+Shapes and dtypes of the arguments: `ops.py`. Nothing is checked here, and float64 inputs give float64 results.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FULL = 2**31 - 1  # window_size of a head that keeps every token
+
+
+def kept_tokens(seen: int, sink: int, window: int) -> list[int]:
+    """Tokens that a head still has after `seen` tokens, oldest first."""
+    return [*range(min(seen, sink)), *range(max(sink, seen - window, 0), seen)]
+
+
+def row_of_token(token: int, sink: int, window: int) -> int:
+    """Cache row of a kept token: sinks first, then a ring of `window` rows."""
+    return token if token < sink else sink + (token - sink) % window
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.device.type in ("mps", "npu") else tensor.double()
+
+
+def _locate(page_table_row: Tensor, tokens: list[int], sink: int, window: int, page_size: int) -> tuple[Tensor, Tensor]:
+    rows = torch.tensor([row_of_token(t, sink, window) for t in tokens], dtype=torch.int64, device=page_table_row.device)
+    return page_table_row[rows // page_size].long(), rows % page_size
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_table: Tensor,
+    seen: Tensor,
+    sink_size: Tensor,
+    window_size: Tensor,
+    compensate: Tensor,
+    key_sum: Tensor,
+    value_sum: Tensor,
+    *,
+    alibi_slopes: Tensor | None = None,
+    pad: Tensor | None = None,
+    scale: float,
+    dense: bool = False,
+) -> Tensor:
+    """Attention over kept tokens and one row for all dropped ones; see `ops.attention`."""
+    num_kv_heads, page_size = key.shape[1], key_pages.shape[1]
+    group = query.shape[1] // num_kv_heads
+    out = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    for b, past in enumerate(seen.tolist()):
+        start = 0 if pad is None else int(pad[b])
+        position = past + torch.arange(query.shape[2] - start, device=query.device)  # [N]
+        for h, (s, w, c) in enumerate(zip(sink_size.tolist(), window_size.tolist(), compensate.tolist(), strict=True)):
+            table_row, heads = b * num_kv_heads + h, slice(h * group, (h + 1) * group)
+            kept = kept_tokens(past, s, w)
+            where = _locate(page_table[table_row], kept, s, w, page_size)
+            k = torch.cat([_double(key_pages[where]), _double(key[b, h, start:])])  # [kept + N, D]
+            v = torch.cat([_double(value_pages[where]), _double(value[b, h, start:])])
+            token = torch.cat([torch.tensor(kept, dtype=torch.int64, device=query.device), position])
+
+            distance = position[:, None] - token  # p - j, [N, kept + N]
+            past_or_self = distance >= 0
+            exact = past_or_self & ((token < s) | (distance < w) | dense)
+            q = _double(query[b, heads, start:]) * scale  # [G, N, D]
+            logit = q @ k.T
+            if alibi_slopes is not None:
+                logit = logit - _double(alibi_slopes[heads])[:, None, None] * distance
+            logit = logit.masked_fill(~exact, -torch.inf)
+
+            if c and w != FULL:
+                left = (past_or_self & ~exact).to(k.dtype)  # dropped by this query, still at hand
+                count = left.sum(-1) + max(0, past - s - w)  # [N]
+                mean_k = (left @ k + _double(key_sum[table_row])) / count.clamp(min=1)[:, None]  # [N, D]
+                mean_v = (left @ v + _double(value_sum[table_row])) / count.clamp(min=1)[:, None]
+                dropped_logit = (q * mean_k).sum(-1) + count.log()  # [G, N], -inf where nothing is dropped
+                logit = torch.cat([logit, dropped_logit[..., None]], -1)
+
+            weight = logit.softmax(-1).nan_to_num(0.0)  # a query without a visible row yields zeros
+            result = weight[..., : len(token)] @ v
+            if c and w != FULL:
+                result = result + weight[..., -1:] * mean_v
+            out[b, heads, start:] = result.to(out.dtype)
+    return out
+
+
+def append(
+    key: Tensor,
+    value: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_table: Tensor,
+    seen: Tensor,
+    sink_size: Tensor,
+    window_size: Tensor,
+    compensate: Tensor,
+    key_sum: Tensor,
+    value_sum: Tensor,
+    *,
+    pad: Tensor | None = None,
+) -> None:
+    """Store new tokens by policy, adding what leaves a window to the sums; see `ops.append`."""
+    num_kv_heads, page_size = key.shape[1], key_pages.shape[1]
+    for b, past in enumerate(seen.tolist()):
+        start = 0 if pad is None else int(pad[b])
+        end = past + key.shape[2] - start
+        for h, (s, w, c) in enumerate(zip(sink_size.tolist(), window_size.tolist(), compensate.tolist(), strict=True)):
+            table_row = b * num_kv_heads + h
+            before, after = kept_tokens(past, s, w), kept_tokens(end, s, w)
+            if c and w != FULL:
+                evicted = [t for t in before if t >= s and t < end - w]
+                skipped = torch.arange(max(past, s), max(past, s, end - w), device=key.device) - past + start
+                where = _locate(page_table[table_row], evicted, s, w, page_size)
+                key_sum[table_row] += (_double(key_pages[where]).sum(0) + _double(key[b, h, skipped]).sum(0)).float()
+                value_sum[table_row] += (_double(value_pages[where]).sum(0) + _double(value[b, h, skipped]).sum(0)).float()
+            stored = [t for t in after if t >= past]
+            where = _locate(page_table[table_row], stored, s, w, page_size)
+            source = torch.tensor(stored, dtype=torch.int64, device=key.device) - past + start
+            key_pages[where] = key[b, h, source]
+            value_pages[where] = value[b, h, source]
+    seen += key.shape[2] if pad is None else key.shape[2] - pad
+
+
+def head_scores(query: Tensor, key: Tensor, period: int, *, scale: float) -> tuple[Tensor, Tensor]:
+    """Echo and induction scores of every query head; see `ops.head_scores`."""
+    batch, num_heads, tokens = query.shape[:3]
+    group, n = num_heads // key.shape[1], tokens - 1
+    echo = torch.zeros(batch, num_heads, dtype=torch.float32, device=query.device)
+    induction = torch.zeros_like(echo)
+    row = torch.arange(n, device=query.device)
+    copies = (row[:, None] > row) & ((row[:, None] - row) % period == 0)  # j is an earlier copy of i
+    copies = copies[period:]  # [n - period, n]
+    future = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).triu(1)
+    for b in range(batch):
+        for h in range(num_heads):
+            logit = scale * (_double(query[b, h]) @ _double(key[b, h // group]).T)
+            attn = logit.masked_fill(future, -torch.inf).softmax(-1)[1:, 1:][period:]  # prefix and first copy left out
+            echo[b, h] = (attn * copies).sum() / (n - period)
+            induction[b, h] = (attn[:, 1:] * copies[:, :-1]).sum() / (n - period)  # mass on the token after the copy
+    return echo, induction
