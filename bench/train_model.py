@@ -41,28 +41,25 @@ class Stage:
     lr_start: float
     lr_end: float
     span: int = 0  # largest position when positions jump, 0 = they do not
-    windowed: float = 0.0  # share of the steps in which only the far heads see everything
+    windowed: float = 0.0  # share of the steps in which only FAR_HEADS see everything
+    windows: tuple[int, ...] = (16, 32, 64)  # one of these is the window of the other heads in such a step
 
 
 SCHEDULE = (
-    Stage("induction", 250, 64, 128, 5e-3, 5e-3),
-    Stage("settle", 150, 64, 256, 5e-3, 5e-3),
-    Stage("far", 300, 256, 512, 5e-3, 4e-3, span=12288),
-    Stage("cut", 300, 256, 1024, 4e-3, 3e-3, span=12288, windowed=0.5),
-    Stage("long", 250, 1024, 4096, 3e-3, 1e-3, windowed=0.5),
-    Stage("full", 100, 2048, 8192, 1e-3, 1e-4, windowed=0.5),
+    Stage("induction", 250, 64, 128, 5e-3, 5e-3, windowed=1.0, windows=(8, 16)),
+    Stage("settle", 150, 64, 256, 5e-3, 5e-3, windowed=0.8, windows=(8, 16, 32)),
+    Stage("far", 350, 256, 768, 5e-3, 3e-3, span=12288, windowed=0.6),
+    Stage("long", 250, 1024, 4096, 3e-3, 1e-3, windowed=0.6),
+    Stage("full", 120, 2048, 8192, 1e-3, 1e-4, windowed=0.6),
 )
-FAR_HEADS = 4
-FAR_HEADS_PER_LAYER = 2
-WINDOWS = (32, 64, 128)
+FAR_HEADS = {1: [1], 2: [0, 2], 3: [3]}  # layer -> kv heads which see everything in every step
 
 
 @dataclass
 class View:
     """What the attention function below shows to the heads in the running forward pass."""
 
-    far: dict[int, list[int]] = field(default_factory=dict)  # layer -> kv heads which always see everything
-    window: int = 0  # window of all other heads, 0 = everything
+    window: int = 0  # window of all heads but FAR_HEADS, 0 = everything
     probe: int = 0  # period of a repeated row, when induction scores are wanted
     scores: list[torch.Tensor] = field(default_factory=list)
 
@@ -82,7 +79,7 @@ def attend(
     if not VIEW.window:
         out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
         return out.transpose(1, 2).contiguous(), None
-    far_kv = VIEW.far.get(int(module.layer_idx), [])  # type: ignore[arg-type]
+    far_kv = FAR_HEADS.get(int(module.layer_idx), [])  # type: ignore[arg-type]
     far = [head for head in range(query.shape[1]) if head // groups in far_kv]
     near = [head for head in range(query.shape[1]) if head // groups not in far_kv]
     parts = []
@@ -138,17 +135,6 @@ def induction_scores(model: LlamaForCausalLM, rng: random.Random, period: int = 
     model(torch.tensor([[model.config.bos_token_id, *words * 4]]), use_cache=False)
     VIEW.probe = 0
     return torch.stack(VIEW.scores)
-
-
-def far_heads(scores: torch.Tensor) -> dict[int, list[int]]:
-    """The strongest heads by score, but at most ``FAR_HEADS_PER_LAYER`` of one layer."""
-    chosen: dict[int, list[int]] = {}
-    for flat in scores.flatten().argsort(descending=True).tolist():
-        layer, head = divmod(flat, scores.shape[1])
-        room = len(chosen.get(layer, [])) < FAR_HEADS_PER_LAYER
-        if room and sum(map(len, chosen.values())) < FAR_HEADS:
-            chosen.setdefault(layer, []).append(head)
-    return {layer: sorted(chosen[layer]) for layer in sorted(chosen)}
 
 
 def random_words(rng: random.Random, vocab_size: int, count: int) -> list[int]:
@@ -305,7 +291,7 @@ def main() -> None:
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        step, seconds, VIEW.far = saved["step"], saved["seconds"], saved["far"]
+        step, seconds = saved["step"], saved["seconds"]
     plan = [(stage, at) for stage in SCHEDULE for at in range(stage.steps)]
     bar = tqdm(range(step, len(plan)), initial=step, total=len(plan), mininterval=5)
     begin, recent = time.perf_counter() - seconds, {"loss": 0.0, "facts": 0.0, "repeats": 0.0}
@@ -314,9 +300,8 @@ def main() -> None:
         rng = random.Random(f"{arguments.seed} {step}")
         if at == 0:
             scores = induction_scores(model, rng)
-            VIEW.far = VIEW.far or (far_heads(scores) if stage.windowed else {})
-            tqdm.write(f"far heads {VIEW.far}, scores {[[round(s, 2) for s in row] for row in scores.tolist()]}")
-        VIEW.window = rng.choice(WINDOWS) if rng.random() < stage.windowed else 0
+            tqdm.write(f"induction scores {[[round(s, 2) for s in row] for row in scores.tolist()]}")
+        VIEW.window = rng.choice(stage.windows) if rng.random() < stage.windowed else 0
         rate = stage.lr_start + (stage.lr_end - stage.lr_start) * at / stage.steps
         rate *= min(1.0, (step + 1) / 50)
         loss, accuracy = losses(model, make_batch(rng, ids_of, stage))
@@ -334,7 +319,7 @@ def main() -> None:
             tqdm.write(f"{step} {stage.name} " + " ".join(f"{name} {mean:.3f}" for name, mean in recent.items()))
         if step % 100 == 99 or step == len(plan) - 1:
             state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-            spent = {"step": step + 1, "seconds": time.perf_counter() - begin, "far": VIEW.far}
+            spent = {"step": step + 1, "seconds": time.perf_counter() - begin}
             torch.save(state | spent, arguments.checkpoint)
     seconds = time.perf_counter() - begin
     save_model(model, tokenizer, arguments.out)
@@ -342,7 +327,7 @@ def main() -> None:
     found = {str(length): exact_match(model, tokenizer, length, 100) for length in (512, 1024, 2048, 4096, 8192)}
     report = {
         "seed": arguments.seed, "seconds": round(seconds), "final_loss": round(recent["loss"], 4),
-        "exact_match": found, "far_heads": VIEW.far, "schedule": [asdict(stage) for stage in SCHEDULE],
+        "exact_match": found, "far_heads": FAR_HEADS, "schedule": [asdict(stage) for stage in SCHEDULE],
         "parameters": model.num_parameters(), "torch": torch.__version__, "transformers": transformers.__version__,
         "python": platform.python_version(),
     }  # fmt: skip

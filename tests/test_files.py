@@ -102,7 +102,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.dictionaries(st.text(), VALUES, max_size=4))
 def test_json_comes_back_as_it_went(tmp_path_factory, obj):
     path = tmp_path_factory.mktemp("json") / "a.json"
@@ -131,7 +131,10 @@ def test_what_json_cannot_hold_leaves_no_file(tmp_path, value, got):
         ("[1]", "expected a dict, got list"),
         ("[" * 100_000, "expected JSON, got maximum recursion depth exceeded"),
         ("{}", "expected format 'razor-attention plan', got None"),
-        ('{"format": "razor-attention scores"}', "expected format 'razor-attention plan', got 'razor-attention scores'"),
+        (
+            '{"format": "razor-attention scores"}',
+            "expected format 'razor-attention plan', got 'razor-attention scores'",
+        ),
         ('{"format": "razor-attention plan", "version": 2}', "expected version 1, got 2"),
         ('{"format": "razor-attention plan"}', "expected version 1, got None"),
         ('{"format": "razor-attention plan", "version": 1}', "expected the key 'seed', got a file without it"),
@@ -161,7 +164,7 @@ def test_heads_files_are_plain_dicts_in_foreign_words(tmp_path_factory, inductio
     files.save_heads({"induction": induction, "echo": echo}, path)
     foreign = torch.load(path, weights_only=True)
     assert type(foreign) is dict
-    assert foreign == {"prefix_matching": induction | canonical(induction), "copying": canonical(echo)}
+    assert foreign == {"prefix_matching": canonical(induction), "copying": canonical(echo)}
     assert list(foreign["copying"]) == sorted(echo)
     assert mode(path) == 0o640
     assert files.load_heads(path) == {"induction": canonical(induction), "echo": canonical(echo)}
@@ -349,7 +352,7 @@ def test_a_malicious_file_is_refused_before_it_does_anything(tmp_path, load, for
     path, trace = tmp_path / "heads.pt", tmp_path / "executed"
     content = {"prefix_matching": {}, "copying": Malicious(trace)}
     if form == "pickle":
-        path.write_bytes(pickle.dumps(content))
+        path.write_bytes(pickle.dumps(content, protocol=2))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
     message = f"{path}: expected a torch file of plain values, got UnpicklingError"

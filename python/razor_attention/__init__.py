@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Head-wise KV-cache compression for LLMs, without training: plan -> cache -> attention.
 
-    plan = Plan.from_heads(find_heads(model, tokenizer).select(), num_layers=32, num_kv_heads=8)
-    with attach(model, plan):
-        model.generate(...)
+plan = Plan.from_heads(find_heads(model, tokenizer).select(), num_layers=32, num_kv_heads=8)
+with attach(model, plan):
+    model.generate(...)
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ def _double(tensor: Tensor) -> Tensor:
 
 
 def _locate(page_table_row: Tensor, tokens: list[int], sink: int, window: int, page_size: int) -> tuple[Tensor, Tensor]:
-    rows = torch.tensor([row_of_token(t, sink, window) for t in tokens], dtype=torch.int64, device=page_table_row.device)
+    rows = torch.tensor(
+        [row_of_token(t, sink, window) for t in tokens], dtype=torch.int64, device=page_table_row.device
+    )
     return page_table_row[rows // page_size].long(), rows % page_size
 
 
@@ -119,7 +121,9 @@ def append(
                 skipped = torch.arange(max(past, s), max(past, s, end - w), device=key.device) - past + start
                 where = _locate(page_table[table_row], evicted, s, w, page_size)
                 key_sum[table_row] += (_double(key_pages[where]).sum(0) + _double(key[b, h, skipped]).sum(0)).float()
-                value_sum[table_row] += (_double(value_pages[where]).sum(0) + _double(value[b, h, skipped]).sum(0)).float()
+                value_sum[table_row] += (
+                    _double(value_pages[where]).sum(0) + _double(value[b, h, skipped]).sum(0)
+                ).float()
             stored = [t for t in after if t >= past]
             where = _locate(page_table[table_row], stored, s, w, page_size)
             source = torch.tensor(stored, dtype=torch.int64, device=key.device) - past + start
@@ -134,14 +138,14 @@ def head_scores(query: Tensor, key: Tensor, period: int, *, scale: float) -> tup
     group, n = num_heads // key.shape[1], tokens - 1
     echo = torch.zeros(batch, num_heads, dtype=torch.float32, device=query.device)
     induction = torch.zeros_like(echo)
-    row = torch.arange(n, device=query.device)
-    copies = (row[:, None] > row) & ((row[:, None] - row) % period == 0)  # j is an earlier copy of i
-    copies = copies[period:]  # [n - period, n]
-    future = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).triu(1)
-    for b in range(batch):
-        for h in range(num_heads):
-            logit = scale * (_double(query[b, h]) @ _double(key[b, h // group]).T)
-            attn = logit.masked_fill(future, -torch.inf).softmax(-1)[1:, 1:][period:]  # prefix and first copy left out
-            echo[b, h] = (attn * copies).sum() / (n - period)
-            induction[b, h] = (attn[:, 1:] * copies[:, :-1]).sum() / (n - period)  # mass on the token after the copy
+    token = torch.arange(tokens, device=query.device)
+    for first in range(1 + period, tokens, 512):  # blocks of rows: never the whole map
+        row = token[first : first + 512, None]
+        copies = (token >= 1) & (token < row) & ((row - token) % period == 0)  # earlier copies, prefix left out
+        for b in range(batch):
+            for h in range(num_heads):
+                logit = scale * (_double(query[b, h, first : first + 512]) @ _double(key[b, h // group]).T)
+                attn = logit.masked_fill(token > row, -torch.inf).softmax(-1)
+                echo[b, h] += (attn * copies).sum() / (n - period)
+                induction[b, h] += (attn[:, 1:] * copies[:, :-1]).sum() / (n - period)  # on the token after the copy
     return echo, induction

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Razor attention for every model that uses transformers' AttentionInterface, and `attach`, which switches it on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import causal_mask_function
+
+from ..plan import Plan
+from .cache import Prefill, RazorCache
+from .models import AttentionSwitch, refuse_unsupported
+
+
+def razor_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function registered as "razor"; the layer's cache comes with `key` (see cache.py).
+
+    Args:
+        module: the attention layer.
+        query: (batch, num_heads, q_len, head_dim), f32 | bf16 | f16.
+        key: (batch, num_kv_heads, q_len, head_dim), dtype of query; tagged by RazorLayer.update.
+        value: (batch, num_kv_heads, q_len, head_dim), dtype of query.
+        attention_mask: (2, batch), int64, from `razor_mask`, or None without padding.
+        scaling: factor on q.k; None: head_dim ** -0.5.
+        dropout: must be 0.
+
+    Returns:
+        ((batch, q_len, num_heads, head_dim), None).
+    """
+    refuse_unsupported(module, dropout, kwargs)
+    layer = getattr(key, "_razor_layer", None)
+    if layer is None:
+        raise ValueError(
+            "past_key_values: expected a RazorCache, got another cache or none; "
+            "razor attention never runs uncompressed without saying so"
+        )
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise NotImplementedError(
+            f"attention_mask: expected 2 dimensions (batch, tokens), got shape {list(attention_mask.shape)}; "
+            "masks prepared by the caller are not supported"
+        )
+    return layer.attend(query, key, value, attention_mask, scaling).transpose(1, 2), None
+
+
+def razor_mask(
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **_: Any,
+) -> Tensor | None:
+    """The mask function registered as "razor": reduces a padding mask to what a cache without padding needs.
+
+    Args:
+        attention_mask: (batch, kv_length), bool, False for padding; it must come before the tokens of a call.
+
+    Returns:
+        (2, batch), int64: leading padding among the new tokens, and tokens before them. None: no padding anywhere.
+
+    Raises:
+        NotImplementedError: attention_mask: expected padding on the left only, got padding after a token
+    """
+    if mask_function is not causal_mask_function:
+        raise NotImplementedError(
+            "attention_mask: expected a plain causal mask, got a sliding, chunked, packed, image or bidirectional one"
+        )
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != (batch_size, kv_length):
+        raise ValueError(
+            f"attention_mask: expected shape [{batch_size}, {kv_length}], got {list(attention_mask.shape)}"
+        )
+    if bool(attention_mask.all()):
+        return None
+    new = attention_mask[:, kv_length - q_length :].bool()
+    if bool((new[:, 1:] < new[:, :-1]).any()):
+        raise NotImplementedError("attention_mask: expected padding on the left only, got padding after a token")
+    return torch.stack([q_length - new.sum(1), attention_mask[:, : kv_length - q_length].sum(1)])
+
+
+@contextmanager
+def attach(model: PreTrainedModel, plan: Plan, *, prefill: Prefill = "dense") -> Iterator[PreTrainedModel]:
+    """Inside this context `model.generate(...)` runs with a compressed cache; outside it the model is as before.
+
+    Each `generate` call gets a fresh RazorCache for its prompt, unless it is given one as `past_key_values`.
+
+    Args:
+        model: a decoder model that uses AttentionInterface (Llama, Qwen2, Qwen3, Mistral, ...).
+        plan: policy of every (layer, kv head).
+        prefill: "dense" or "streaming", see RazorCache.
+
+    Raises:
+        ValueError: plan: expected 4 layers x 4 kv heads like the model, got 32 x 8
+        NotImplementedError: model: expected one that uses AttentionInterface, got BloomForCausalLM
+    """
+    switch = AttentionSwitch(model, "razor")
+    RazorCache(model.config, plan, prefill=prefill)  # refuses what it cannot do before the model is touched
+    had_own = vars(model).get("generate")
+    generate = model.generate
+
+    def generate_compressed(*args: Any, **kwargs: Any) -> Any:
+        config = kwargs.get("generation_config") or model.generation_config
+        if kwargs.get("use_cache", getattr(config, "use_cache", True)) is False:
+            raise ValueError("use_cache: expected True inside attach(), got False")
+        if kwargs.get("past_key_values") is None:
+            prompt = next((x for x in (*args[:1], *map(kwargs.get, _PROMPTS)) if x is not None), None)
+            prompt_len = None if prompt is None else prompt.shape[1]
+            kwargs["past_key_values"] = RazorCache(model.config, plan, prefill=prefill, prompt_len=prompt_len)
+        return generate(*args, **kwargs)
+
+    with switch:
+        model.generate = generate_compressed
+        try:
+            yield model
+        finally:
+            if had_own is None:
+                del model.generate
+            else:
+                model.generate = had_own
+
+
+_PROMPTS = ("inputs", "input_ids", "inputs_embeds")
+
+AttentionInterface.register("razor", razor_attention)
+AttentionMaskInterface.register("razor", razor_mask)  # without it transformers would pass no mask and ignore padding

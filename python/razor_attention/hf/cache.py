@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RazorCache: a transformers Cache made of one LayerCache per layer.
+
+transformers splits the work in a way that does not suit us: `Cache.update` sees no query and no mask, the attention
+function sees no cache. So `update` only tags the new keys with their layer; the attention function (`attention.py`)
+finds the layer there, and attends and stores in one go. `update` returns the new tokens alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ..cache import LayerCache
+from ..plan import Plan
+from .models import geometry
+
+Prefill = Literal["dense", "streaming"]
+
+
+class RazorLayer(CacheLayerMixin):
+    """One layer of a RazorCache: its LayerCache, and the columns of the attention mask that it has seen."""
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, dense: bool) -> None:
+        super().__init__()
+        self.dense = dense
+        self.cache: LayerCache | None = None
+        self.columns = 0  # tokens seen, padding counted: what transformers counts
+        self.pending = False  # keys were handed out and not attended yet
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> NoReturn:
+        raise NotImplementedError("RazorLayer: expected to be filled through RazorCache.update")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.pending:
+            raise RuntimeError(
+                "past_key_values: expected a model that runs razor attention, got one that never attended to the "
+                "RazorCache's keys; use `with attach(model, plan):` or attn_implementation='razor'"
+            )
+        self.pending = True
+        key_states = key_states[:]  # a fresh object to tag, so that nothing else refers to us
+        key_states._razor_layer = self  # type: ignore[attr-defined]
+        return key_states, value_states
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, scale: float | None) -> Tensor:
+        """Attention of the new tokens, which are then stored.
+
+        Args:
+            query: (batch, num_heads, q_len, head_dim), f32 | bf16 | f16.
+            key: (batch, num_kv_heads, q_len, head_dim), dtype of query.
+            value: (batch, num_kv_heads, q_len, head_dim), dtype of query.
+            padding: (2, batch), int64: leading padding among the new tokens; tokens before them. None: no padding.
+            scale: factor on q.k.
+        """
+        self.pending = False
+        assert self.cache is not None  # RazorCache.update has created it
+        pad = None
+        if padding is not None:
+            pad, past = padding.to(self.cache.seen.device)
+            if not torch.equal(past, self.cache.seen):
+                raise ValueError(
+                    f"attention_mask: expected {self.cache.seen.tolist()} earlier tokens like the cache, got "
+                    f"{past.tolist()}; tokens cannot be masked after they were stored"
+                )
+        dense = self.dense and query.shape[2] > 1
+        out = self.cache.attend(query, key, value, scale=scale, pad=pad, dense=dense)
+        self.columns += query.shape[2]
+        return out
+
+    @property
+    def batch_size(self) -> int:
+        if self.cache is None:
+            raise AttributeError("batch_size")
+        return self.cache.batch_size
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def get_max_length(self) -> int:  # the name in transformers >= 5.18
+        return -1
+
+    get_max_cache_shape = get_max_length  # and before
+
+    def reset(self) -> None:
+        self.columns, self.pending = 0, False
+        if self.cache is not None:
+            self.cache.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.cache is not None:
+            self.cache.reorder(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.reorder_cache(torch.arange(self.batch_size)[indices.cpu()])  # a mask or indices
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.cache is not None:
+            self.cache.reorder(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def crop(self, *_: Any) -> NoReturn:
+        raise NotImplementedError(
+            "RazorCache: expected no rollback, got crop(); dropped tokens cannot come back, "
+            "generate without an assistant model or prompt lookup"
+        )
+
+    def activate_past_recording(self) -> NoReturn:
+        self.crop()
+
+    def offload(self) -> NoReturn:
+        raise NotImplementedError("RazorCache: expected no offloading, got offload()")
+
+    prefetch = offload
+
+
+class RazorCache(Cache):
+    """A transformers Cache that stores each kv head by its policy in `plan`. Needs razor attention in the model.
+
+    Use it through `attach`, or by hand to keep a conversation: pass the same RazorCache to every `generate` call.
+
+    Args:
+        config: the model's configuration.
+        plan: policy of every (layer, kv head). A length rule that is still open is resolved once, at the first call.
+        prefill: "dense" (RazorAttention): the tokens of a call of more than one token read all tokens of that call,
+            compression begins with what is stored. "streaming" (DuoAttention): every query keeps to its own window,
+            so that the result does not depend on how the prompt is cut, and prefill time is linear for compressed heads.
+        prompt_len: tokens for the plan's length rule; None: those of the first call, so name it for chunked prefill.
+        page_size: tokens in a cache page, a multiple of 16.
+
+    Raises:
+        ValueError: plan: expected 4 layers x 4 kv heads like the model, got 32 x 8
+        NotImplementedError: config: expected only full_attention layers, got sliding_attention
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        plan: Plan,
+        *,
+        prefill: Prefill = "dense",
+        prompt_len: int | None = None,
+        page_size: int = 64,
+    ) -> None:
+        if prefill not in ("dense", "streaming"):
+            raise ValueError(f"prefill: expected 'dense' or 'streaming', got {prefill!r}")
+        if not isinstance(plan, Plan):
+            raise TypeError(f"plan: expected a Plan, got {type(plan).__name__}")
+        sizes = geometry(config)
+        plan.check_model(sizes.num_layers, sizes.num_kv_heads)
+        self.plan = plan if prompt_len is None else plan.resolve(prompt_len)
+        self.page_size = page_size
+        super().__init__(layers=[RazorLayer(prefill == "dense") for _ in range(sizes.num_layers)])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        layer = self.layers[layer_idx]
+        if layer.cache is None:
+            self.plan = self.plan.resolve(key_states.shape[2])
+            layer.cache = LayerCache(
+                *self.plan.layer(layer_idx),
+                batch_size=key_states.shape[0],
+                head_dim=key_states.shape[3],
+                dtype=key_states.dtype,
+                device=key_states.device,
+                page_size=self.page_size,
+            )
+            layer.is_initialized = True
+        return layer.update(key_states, value_states)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cache holds: pages in use and compensation sums of all layers."""
+        return sum(layer.cache.nbytes for layer in self.layers if layer.cache is not None)

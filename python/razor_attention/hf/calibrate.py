@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""find_heads: runs the probe prompt through a model once and scores every head on the way, layer by layer."""
+
+from __future__ import annotations
+
+import warnings
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.masking_utils import causal_mask_function
+
+from .. import ops
+from ..heads import HeadScores, probe_ids
+from .models import AttentionSwitch, geometry, refuse_unsupported, text_config
+
+
+@dataclass
+class Probe:
+    """What the attention function collects while the probe runs."""
+
+    period: int
+    progress: Any  # a tqdm bar, one step per layer
+    scores: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # layer -> echo, induction [num_heads]
+
+
+_running: ContextVar[Probe] = ContextVar("razor_probe")
+
+
+def probe_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function registered as "razor_probe": plain causal attention that also scores its heads."""
+    refuse_unsupported(module, dropout, kwargs)
+    probe = _running.get()
+    echo, induction = ops.head_scores(query, key, probe.period, scale=scaling)
+    probe.scores[module.layer_idx] = (echo[0].cpu(), induction[0].cpu())
+    probe.progress.update()
+    out = nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return out.transpose(1, 2), None
+
+
+def probe_mask(*, mask_function: Any = causal_mask_function, **_: Any) -> None:
+    """The mask function registered as "razor_probe": the probe has no padding and needs plain causal attention."""
+    if mask_function is not causal_mask_function:
+        raise NotImplementedError("model: expected plain causal attention, got a sliding, chunked or bidirectional one")
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token before the probe: what the tokenizer puts before an empty text, else the last one of "A"."""
+    return int((tokenizer("").input_ids or tokenizer("A").input_ids)[-1])
+
+
+def find_heads(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    period: int = 2500,
+    repeats: int = 4,
+    seed: int = 0,
+    progress: bool = True,
+) -> HeadScores:
+    """Echo and induction scores of every head, from one forward pass over a random block repeated (RazorAttention).
+
+    The prompt is one prefix token and `period` random ids of the vocabulary, special tokens left out, `repeats` times.
+    No attention map is built: memory beside the model's own activations is O(tokens).
+
+    Args:
+        model: a decoder model that uses AttentionInterface.
+        tokenizer: the model's tokenizer: vocabulary, special tokens and prefix.
+        period: tokens before the prompt repeats.
+        repeats: copies of the block, at least 2.
+        seed: of the block.
+        progress: show a progress bar.
+
+    Returns:
+        Scores of all layers, with the provenance that a plan made from them carries on.
+
+    Raises:
+        NotImplementedError: model: expected one that uses AttentionInterface, got BloomForCausalLM
+    """
+    switch = AttentionSwitch(model, "razor_probe")
+    sizes = geometry(model.config)
+    config = text_config(model.config)
+    special = set(tokenizer.all_special_ids)
+    vocabulary = [i for i in range(min(len(tokenizer), config.vocab_size)) if i not in special]
+    ids = probe_ids(vocabulary, _prefix(tokenizer), period=period, repeats=repeats, seed=seed)
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and len(ids) > longest:
+        warnings.warn(
+            f"period * repeats: expected at most {longest - 1} tokens for this model, got {len(ids) - 1}", stacklevel=2
+        )
+
+    with switch, tqdm(total=sizes.num_layers, desc="find_heads", unit="layer", disable=not progress) as bar:
+        probe = Probe(period, bar)
+        token = _running.set(probe)
+        try:
+            with torch.no_grad():
+                # The decoder alone: nobody reads the probe's logits.
+                (model.get_decoder() or model.base_model)(input_ids=ids[None].to(model.device), use_cache=False)
+        finally:
+            _running.reset(token)
+    missing = [layer for layer in range(sizes.num_layers) if layer not in probe.scores]
+    if missing:
+        raise NotImplementedError(f"model: expected {sizes.num_layers} attention layers, got none for layers {missing}")
+    echo, induction = (
+        torch.stack(side) for side in zip(*(probe.scores[i] for i in range(sizes.num_layers)), strict=True)
+    )
+    return HeadScores(
+        echo=echo,
+        induction=induction,
+        num_kv_heads=sizes.num_kv_heads,
+        provenance={
+            "model": config.name_or_path or type(model).__name__,
+            "method": "echo and induction scores",
+            "period": period,
+            "repeats": repeats,
+            "seed": seed,
+        },
+    )
+
+
+AttentionInterface.register("razor_probe", probe_attention)
+AttentionMaskInterface.register("razor_probe", probe_mask)

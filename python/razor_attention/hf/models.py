@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What we need to know of a transformers model before we touch it, and the models we refuse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Sizes of a decoder's attention."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The decoder's configuration: the config itself, or the text part of a multi-modal one."""
+    return config.get_text_config(decoder=True)
+
+
+def geometry(config: PreTrainedConfig) -> Geometry:
+    """Attention sizes of a model; refuses models whose layers do not all keep every token of their own.
+
+    Raises:
+        NotImplementedError: config: expected only full_attention layers, got sliding_attention; ...
+    """
+    text = text_config(config)
+    if getattr(config, "is_encoder_decoder", False):
+        raise NotImplementedError("config: expected a decoder-only model, got an encoder-decoder one")
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    # Mistral has no layer_types: a window in the config is a window in every layer.
+    if getattr(text, "sliding_window", None) is not None and getattr(text, "layer_types", None) is None:
+        kinds |= {"sliding_attention"} if getattr(text, "use_sliding_window", True) else set()
+    if kinds:
+        raise NotImplementedError(
+            f"config: expected only full_attention layers, got {', '.join(sorted(kinds))}; "
+            "such layers keep a window, a state or a shared cache of their own"
+        )
+    num_heads = int(text.num_attention_heads)
+    return Geometry(
+        num_layers=int(text.num_hidden_layers),
+        num_heads=num_heads,
+        num_kv_heads=int(getattr(text, "num_key_value_heads", None) or num_heads),
+        head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // num_heads),
+    )
+
+
+class AttentionSwitch:
+    """Context manager: a model's decoder uses the attention function `name` inside it, and its own again afterwards.
+
+    Raises:
+        NotImplementedError: model: expected one that uses AttentionInterface, got BloomForCausalLM
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str) -> None:
+        if not isinstance(model, nn.Module) or not hasattr(model, "set_attn_implementation"):
+            raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
+        self.model, self.name = model, name
+        self.config: PreTrainedConfig = text_config(model.config)
+        self.before: str = self.config._attn_implementation
+
+    def _set(self, name: str) -> None:
+        wanted: Any = name
+        if self.config is not self.model.config:  # leave a vision tower alone
+            wanted = {
+                key: name for key in self.model.config.sub_configs if getattr(self.model.config, key) is self.config
+            }
+        self.model.set_attn_implementation(wanted)
+
+    def __enter__(self) -> PreTrainedModel:
+        if not self.model._can_set_attn_implementation():
+            raise NotImplementedError(
+                f"model: expected one that uses AttentionInterface, got {type(self.model).__name__}"
+            )
+        self._set(self.name)
+        return self.model
+
+    def __exit__(self, *error: object) -> None:
+        self._set(self.before)
+
+
+def refuse_unsupported(module: nn.Module, dropout: float, options: dict[str, Any]) -> None:
+    """Raise for what an attention layer asks for that our attention does not do, so that nothing is ignored silently.
+
+    Raises:
+        NotImplementedError: softcap: expected None, got 50.0; razor attention does not support it
+    """
+    for name in ("sliding_window", "softcap", "s_aux", "position_bias", "head_mask"):
+        if options.get(name) is not None:
+            value = options[name] if isinstance(options[name], int | float) else "a tensor"
+            raise NotImplementedError(f"{name}: expected None, got {value}; razor attention does not support it")
+    if options.get("output_attentions"):
+        raise NotImplementedError(
+            "output_attentions: expected False, got True; razor attention builds no attention map"
+        )
+    if dropout:
+        raise NotImplementedError(f"dropout: expected 0, got {dropout}; call model.eval() first")
+    if not getattr(module, "is_causal", True):
+        raise NotImplementedError(f"model: expected causal attention, got {type(module).__name__} which is not")

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings that hold for every test file."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Examples are the same on every run; `pytest --hypothesis-profile=explore` looks for new ones.
+_SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40, suppress_health_check=_SLOW_IS_FINE)
+settings.register_profile("explore", deadline=None, max_examples=2000, suppress_health_check=_SLOW_IS_FINE, print_blob=True)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors here are tiny: waiting for a second thread costs more than it brings. `test_attention` tests threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
