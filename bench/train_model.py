@@ -93,13 +93,18 @@ def attend(
 
 
 def near_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, scale: float) -> torch.Tensor:
-    """Attention to the first ``SINKS`` tokens and the last ``window`` ones, in blocks: linear in the length."""
+    """Attention to the first ``SINKS`` tokens and the last ``window`` ones. Long rows in blocks: linear in length."""
     rows, heads, length, width = q.shape
-    blocks = -(-length // window)
-    pad = blocks * window - length
+    size = max(window, 64)
+    blocks = -(-length // size)
+    if length <= 512:
+        at, past = torch.arange(length)[:, None], torch.arange(length)
+        seen = (past <= at) & ((at - past < window) | (past < SINKS))
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
 
     def cut(x: torch.Tensor) -> torch.Tensor:
-        return functional.pad(x, (0, 0, 0, pad)).view(rows, heads, blocks, window, width)
+        padded = functional.pad(x, (0, 0, 0, blocks * size - length))
+        return padded.view(rows, heads, blocks, size, width)
 
     def with_past(x: torch.Tensor) -> torch.Tensor:
         own = cut(x)
@@ -107,14 +112,13 @@ def near_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: in
         first = x[:, :, None, :SINKS].expand(-1, -1, blocks, -1, -1)
         return torch.cat([first, past, own], 3).transpose(1, 2).flatten(0, 1)
 
-    at = torch.arange(blocks * window).view(blocks, window, 1)
-    near_at = torch.arange(-window, window) + torch.arange(blocks)[:, None] * window
-    near = near_at[:, None]
+    at = torch.arange(blocks * size).view(blocks, size, 1)
+    near = (torch.arange(-size, size) + torch.arange(blocks)[:, None] * size)[:, None]
     seen = (near <= at) & (at - near < window) & (near >= SINKS)
     seen = torch.cat([torch.arange(SINKS) <= at, seen], 2)[:, None].repeat(rows, 1, 1, 1)
     blocks_of_q = cut(q).transpose(1, 2).flatten(0, 1)
     out = functional.scaled_dot_product_attention(blocks_of_q, with_past(k), with_past(v), attn_mask=seen, scale=scale)
-    return out.view(rows, blocks, heads, window, width).transpose(1, 2).flatten(2, 3)[:, :, :length]
+    return out.view(rows, blocks, heads, size, width).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
 
 def induction_mass(q: torch.Tensor, k: torch.Tensor, scale: float, period: int) -> torch.Tensor:

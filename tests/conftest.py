@@ -8,9 +8,9 @@ import torch
 from hypothesis import HealthCheck, settings
 
 # Examples are the same on every run; `pytest --hypothesis-profile=explore` looks for new ones.
-_SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
-settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40, suppress_health_check=_SLOW_IS_FINE)
-settings.register_profile("explore", deadline=None, max_examples=2000, suppress_health_check=_SLOW_IS_FINE, print_blob=True)
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("repeatable", derandomize=True, max_examples=40, **_COMMON)
+settings.register_profile("explore", max_examples=1000, print_blob=True, **_COMMON)
 settings.load_profile("repeatable")
 
 

@@ -80,6 +80,11 @@ inline void expect_rows(const Array& a) {
               ": expected a contiguous last dimension, got stride ", a.strides[a.dims - 1]);
 }
 
+inline void expect_group(const Array& query, const Array& key) {
+  RAZOR_CHECK(query.sizes[1] > 0 && key.sizes[1] > 0 && query.sizes[1] % key.sizes[1] == 0,
+              "query: expected a multiple of the ", key.sizes[1], " kv heads as num_heads, got ", query.sizes[1]);
+}
+
 inline KvFormat format_of(const Array& a) {
   switch (a.dtype) {
     case DType::kFloat32:
@@ -97,7 +102,7 @@ struct CacheArrays {
   Array key_pages, value_pages, page_table, seen, sink_size, window_size, compensate, key_sum, value_sum;
 };
 
-// `tokens` is key or query: 4 dimensions, of which the first two and the last give the cache's batch and head_dim.
+// The cache of a layer whose new keys are `key`, already checked to have 4 dimensions.
 inline KvCacheView cache_view(const CacheArrays& c, const Array& key) {
   expect_dims(c.key_pages, 3, "(num_pages, page_size, head_dim)");
   const int64_t batch = key.sizes[0], heads = key.sizes[1], head_dim = key.sizes[3];
@@ -170,16 +175,15 @@ inline NewTokens new_tokens(const Array& key, const Array& value, const std::opt
 }
 
 // Everything but `out`, which the binding allocates once the checks have passed.
-inline AttentionParams attention_params(const Array& query, const Array& key, const Array& value, const CacheArrays& cache,
-                                        const std::optional<Array>& alibi_slopes, const std::optional<Array>& pad,
-                                        double scale, bool dense) {
+inline AttentionParams attention_params(const Array& query, const Array& key, const Array& value,
+                                        const CacheArrays& cache, const std::optional<Array>& alibi_slopes,
+                                        const std::optional<Array>& pad, double scale, bool dense) {
   expect_dims(query, 4, "(batch, num_heads, q_len, head_dim)");
   const NewTokens tokens = new_tokens(key, value, pad);
   expect_like(query, key);
   expect_shape(query, {key.sizes[0], kAny, key.sizes[2], key.sizes[3]});
   expect_rows(query);
-  RAZOR_CHECK(query.sizes[1] > 0 && query.sizes[1] % key.sizes[1] == 0,
-              "query: expected a multiple of the ", key.sizes[1], " kv heads as num_heads, got ", query.sizes[1]);
+  expect_group(query, key);
   if (alibi_slopes) {
     expect_dtype(*alibi_slopes, DType::kFloat32);
     expect_shape(*alibi_slopes, {query.sizes[1]});
@@ -204,8 +208,7 @@ inline HeadScoresParams head_scores_params(const Array& query, const Array& key,
   expect_shape(key, {query.sizes[0], kAny, query.sizes[2], query.sizes[3]});
   expect_rows(query);
   expect_rows(key);
-  RAZOR_CHECK(key.sizes[1] > 0 && query.sizes[1] % key.sizes[1] == 0,
-              "query: expected a multiple of the ", key.sizes[1], " kv heads as num_heads, got ", query.sizes[1]);
+  expect_group(query, key);
   return {.query = query.data,
           .key = key.data,
           .echo = nullptr,

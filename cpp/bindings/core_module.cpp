@@ -69,9 +69,10 @@ py::array attention(const py::array& query, const py::array& key, const py::arra
                     const py::array& sink_size, const py::array& window_size, const py::array& compensate,
                     const py::array& key_sum, const py::array& value_sum, const std::optional<py::array>& alibi_slopes,
                     const std::optional<py::array>& pad, double scale, bool dense) {
-  const DescribedCache cache{{"key_pages", key_pages},     {"value_pages", value_pages}, {"page_table", page_table},
-                             {"seen", seen},               {"sink_size", sink_size},     {"window_size", window_size},
-                             {"compensate", compensate},   {"key_sum", key_sum},         {"value_sum", value_sum}};
+  const DescribedCache cache{
+      {"key_pages", key_pages}, {"value_pages", value_pages}, {"page_table", page_table}, {"seen", seen},
+      {"sink_size", sink_size}, {"window_size", window_size}, {"compensate", compensate}, {"key_sum", key_sum},
+      {"value_sum", value_sum}};
   const Described q("query", query), k("key", key), v("value", value);
   std::optional<Described> slopes, padding;
   if (alibi_slopes) slopes.emplace("alibi_slopes", *alibi_slopes);
@@ -86,14 +87,13 @@ py::array attention(const py::array& query, const py::array& key, const py::arra
 }
 
 void append(const py::array& key, const py::array& value, const py::array& key_pages, const py::array& value_pages,
-            const py::array& page_table, const py::array& seen, const py::array& sink_size, const py::array& window_size,
-            const py::array& compensate, const py::array& key_sum, const py::array& value_sum,
-            const std::optional<py::array>& pad) {
-  const DescribedCache cache{{"key_pages", key_pages, true}, {"value_pages", value_pages, true},
-                             {"page_table", page_table},     {"seen", seen, true},
-                             {"sink_size", sink_size},       {"window_size", window_size},
-                             {"compensate", compensate},     {"key_sum", key_sum, true},
-                             {"value_sum", value_sum, true}};
+            const py::array& page_table, const py::array& seen, const py::array& sink_size,
+            const py::array& window_size, const py::array& compensate, const py::array& key_sum,
+            const py::array& value_sum, const std::optional<py::array>& pad) {
+  const DescribedCache cache{
+      {"key_pages", key_pages, true}, {"value_pages", value_pages, true}, {"page_table", page_table},
+      {"seen", seen, true},           {"sink_size", sink_size},           {"window_size", window_size},
+      {"compensate", compensate},     {"key_sum", key_sum, true},         {"value_sum", value_sum, true}};
   const Described k("key", key), v("value", value);
   std::optional<Described> padding;
   if (pad) padding.emplace("pad", *pad);
@@ -103,7 +103,8 @@ void append(const py::array& key, const py::array& value, const py::array& key_p
   razor::append(view, tokens, razor::serial_for);
 }
 
-std::pair<py::array, py::array> head_scores(const py::array& query, const py::array& key, int64_t period, double scale) {
+std::pair<py::array, py::array> head_scores(const py::array& query, const py::array& key, int64_t period,
+                                            double scale) {
   const Described q("query", query), k("key", key);
   razor::HeadScoresParams params = razor::bindings::head_scores_params(q.array, k.array, period, scale);
   py::array_t<float> echo({params.batch, params.num_heads}), induction({params.batch, params.num_heads});
@@ -123,8 +124,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("isa", &razor::isa, "Name of the instruction set in use.");
   m.def("attention", &attention, py::arg("query"), py::arg("key"), py::arg("value"), py::arg("key_pages"),
         py::arg("value_pages"), py::arg("page_table"), py::arg("seen"), py::arg("sink_size"), py::arg("window_size"),
-        py::arg("compensate"), py::arg("key_sum"), py::arg("value_sum"), py::kw_only(), py::arg("alibi_slopes") = py::none(),
-        py::arg("pad") = py::none(), py::arg("scale"), py::arg("dense") = false,
+        py::arg("compensate"), py::arg("key_sum"), py::arg("value_sum"), py::kw_only(),
+        py::arg("alibi_slopes") = py::none(), py::arg("pad") = py::none(), py::arg("scale"), py::arg("dense") = false,
         "See razor_attention.ops.attention; numpy arrays instead of tensors.");
   m.def("append", &append, py::arg("key"), py::arg("value"), py::arg("key_pages"), py::arg("value_pages"),
         py::arg("page_table"), py::arg("seen"), py::arg("sink_size"), py::arg("window_size"), py::arg("compensate"),

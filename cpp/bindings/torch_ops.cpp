@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// torch.ops.razor.*: schemas and CPU implementations through torch's stable ABI. Checks -> params -> core, nothing else.
+// torch.ops.razor.*: schemas, and CPU implementations through torch's stable ABI. Checks -> params -> core.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -58,10 +58,10 @@ std::optional<Array> array(const char* name, const std::optional<Tensor>& t) {
 Tensor attention(Tensor query, Tensor key, Tensor value, Tensor key_pages, Tensor value_pages, Tensor page_table,
                  Tensor seen, Tensor sink_size, Tensor window_size, Tensor compensate, Tensor key_sum, Tensor value_sum,
                  std::optional<Tensor> alibi_slopes, std::optional<Tensor> pad, double scale, bool dense) {
-  const CacheArrays cache{array("key_pages", key_pages),     array("value_pages", value_pages),
-                          array("page_table", page_table),   array("seen", seen),
-                          array("sink_size", sink_size),     array("window_size", window_size),
-                          array("compensate", compensate),   array("key_sum", key_sum),
+  const CacheArrays cache{array("key_pages", key_pages),   array("value_pages", value_pages),
+                          array("page_table", page_table), array("seen", seen),
+                          array("sink_size", sink_size),   array("window_size", window_size),
+                          array("compensate", compensate), array("key_sum", key_sum),
                           array("value_sum", value_sum)};
   razor::AttentionParams params =
       razor::bindings::attention_params(array("query", query), array("key", key), array("value", value), cache,
@@ -75,10 +75,10 @@ Tensor attention(Tensor query, Tensor key, Tensor value, Tensor key_pages, Tenso
 void append(Tensor key, Tensor value, Tensor key_pages, Tensor value_pages, Tensor page_table, Tensor seen,
             Tensor sink_size, Tensor window_size, Tensor compensate, Tensor key_sum, Tensor value_sum,
             std::optional<Tensor> pad) {
-  const CacheArrays cache{array("key_pages", key_pages),     array("value_pages", value_pages),
-                          array("page_table", page_table),   array("seen", seen),
-                          array("sink_size", sink_size),     array("window_size", window_size),
-                          array("compensate", compensate),   array("key_sum", key_sum),
+  const CacheArrays cache{array("key_pages", key_pages),   array("value_pages", value_pages),
+                          array("page_table", page_table), array("seen", seen),
+                          array("sink_size", sink_size),   array("window_size", window_size),
+                          array("compensate", compensate), array("key_sum", key_sum),
                           array("value_sum", value_sum)};
   const Array keys = array("key", key);
   const razor::NewTokens tokens = razor::bindings::new_tokens(keys, array("value", value), array("pad", pad));

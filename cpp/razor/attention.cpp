@@ -53,7 +53,7 @@ struct Item {
 
 struct WorkList {
   std::vector<Block> blocks;
-  std::vector<Item> items;  // in block order
+  std::vector<Item> items;     // in block order
   std::vector<int64_t> order;  // items, dearest first
   int64_t block_tokens = 0;    // query tokens per block
   int64_t num_sums = 0;        // blocks that need their own dropped sums
@@ -320,7 +320,8 @@ void attention(const AttentionParams& params, ParallelFor parallel_for) {
     if (block.num_items == 1) return;
     SoftmaxState total(states.data() + block.first_item * state_floats, block_rows);
     for (int64_t i = block.first_item + 1; i < block.first_item + block.num_items; ++i) {
-      merge(SoftmaxState(states.data() + i * state_floats, block_rows), (block.end - block.begin) * group, head_dim, total);
+      merge(SoftmaxState(states.data() + i * state_floats, block_rows), (block.end - block.begin) * group, head_dim,
+            total);
     }
     Scratch scratch(0, 0);
     Worker{params, block, scratch, total}.store();

@@ -31,7 +31,7 @@ template <class... Parts>
 }  // namespace razor
 
 // RAZOR_CHECK(condition, "query: expected 4 dimensions, got ", n)
-#define RAZOR_CHECK(condition, ...)                            \
-  do {                                                         \
-    if (!(condition)) ::razor::detail::fail(__VA_ARGS__);      \
+#define RAZOR_CHECK(condition, ...)                       \
+  do {                                                    \
+    if (!(condition)) ::razor::detail::fail(__VA_ARGS__); \
   } while (false)

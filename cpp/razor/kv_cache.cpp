@@ -106,7 +106,8 @@ void add_tokens(const KvCacheView& cache, const NewTokens& tokens, const CacheRo
 
 void check_cache(const KvCacheView& cache, const NewTokens& tokens, bool with_new_tokens) {
   for (int64_t h = 0; h < cache.num_kv_heads; ++h) {
-    RAZOR_CHECK(cache.sink_size[h] >= 0, "sink_size: expected values >= 0, got ", cache.sink_size[h], " for kv head ", h);
+    RAZOR_CHECK(cache.sink_size[h] >= 0, "sink_size: expected values >= 0, got ", cache.sink_size[h], " for kv head ",
+                h);
     RAZOR_CHECK(cache.window_size[h] >= 0, "window_size: expected values >= 0, got ", cache.window_size[h],
                 " for kv head ", h);
   }

@@ -33,9 +33,9 @@ struct KvCacheView {
 
 // Keys and values of this call's tokens, not yet in the cache. Strides in elements; the last dimension is contiguous.
 struct NewTokens {
-  const void* key;     // [batch, num_kv_heads, q_len, head_dim] of the cache's format
-  const void* value;   // [batch, num_kv_heads, q_len, head_dim]
-  const int64_t* pad;  // [batch] leading tokens of this call that are padding, nullable (none)
+  const void* key;                         // [batch, num_kv_heads, q_len, head_dim] of the cache's format
+  const void* value;                       // [batch, num_kv_heads, q_len, head_dim]
+  const int64_t* pad;                      // [batch] leading tokens of this call that are padding, nullable (none)
   int64_t key_stride[3], value_stride[3];  // batch, head, token
   int64_t q_len;
 };
@@ -67,8 +67,8 @@ struct Run {
 void add_tokens(const KvCacheView& cache, const NewTokens& tokens, const CacheRow& row, int64_t begin, int64_t end,
                 float* key_sum, float* value_sum);
 
-// Values that only memory can tell: policy signs, seen, pad, and that the page table holds valid ids for `extra` more
-// tokens of each row (0: as stored). Shapes are the bindings' business.
+// Checks values that only memory can tell: sizes, seen, pad, and that the page table holds valid ids for every row as
+// it is stored, or as it will be once the new tokens are. Shapes are the bindings' business.
 void check_cache(const KvCacheView& cache, const NewTokens& tokens, bool with_new_tokens);
 
 // Stores the new tokens by policy: what leaves a window goes into the sums, then `seen` grows. All or nothing.

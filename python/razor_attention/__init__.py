@@ -45,7 +45,7 @@ def __getattr__(name: str) -> Any:  # transformers is an extra, and slow to impo
         except ModuleNotFoundError as error:
             if error.name in ("transformers", "tqdm"):
                 raise ImportError(
-                    f"{name}: expected transformers >= 5.12 to be installed, got none; pip install 'razor-attention[hf]'"
+                    f"{name}: expected {error.name} to be installed, got none; pip install 'razor-attention[hf]'"
                 ) from error
             raise
         return getattr(hf, name)

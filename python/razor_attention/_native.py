@@ -25,7 +25,7 @@ def load_torch_ops() -> None:
         raise ImportError(f"torch: expected >= {MIN_TORCH[0]}.{MIN_TORCH[1]}, got {version}")
     library = files(__package__) / "_torch_ops.so"
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except OSError as error:
         raise ImportError(
             f"razor_attention: expected a loadable {library}, got: {error}; reinstall with `pip install .` after torch"

@@ -329,11 +329,11 @@ def _head_scores_reference(query: Tensor, key: Tensor, period: int, *, scale: fl
 
 
 load_torch_ops()
-_library = torch.library.Library("razor", "IMPL")
+_library = torch.library.Library("razor", "IMPL")  # type: ignore[no-untyped-call]
 for _name, _reference, _fake in (
     ("attention", _attention_reference, _attention_fake),
     ("append", _append_reference, check_append),
     ("head_scores", _head_scores_reference, _head_scores_fake),
 ):
-    _library.impl(_name, _reference, "CompositeExplicitAutograd")
+    _library.impl(_name, _reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"razor::{_name}", _fake, lib=_library)

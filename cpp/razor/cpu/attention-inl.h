@@ -65,7 +65,11 @@ inline void block_logits(const float* query, const T* key, int64_t key_stride, i
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kColumns; ++c) logits[r * kTileColumns + c] = total[r][c].sum();
+    if constexpr (kColumns == Vec::kColumnBlock) {
+      Vec::sums(total[r], logits + r * kTileColumns);
+    } else {
+      for (int c = 0; c < kColumns; ++c) logits[r * kTileColumns + c] = total[r][c].sum();
+    }
   }
 }
 
@@ -76,7 +80,8 @@ inline void rows_logits(const AttentionTile& tile, int64_t row) {
   float* logits = tile.logits + row * kTileColumns;
   int64_t c = 0;
   for (; c + Vec::kColumnBlock <= tile.columns; c += Vec::kColumnBlock) {
-    block_logits<kRows, Vec::kColumnBlock>(query, key + c * tile.key_stride, tile.key_stride, tile.head_dim, logits + c);
+    block_logits<kRows, Vec::kColumnBlock>(query, key + c * tile.key_stride, tile.key_stride, tile.head_dim,
+                                           logits + c);
   }
   for (; c < tile.columns; ++c) {
     block_logits<kRows, 1>(query, key + c * tile.key_stride, tile.key_stride, tile.head_dim, logits + c);

@@ -47,8 +47,8 @@ Isa choose() {
   }
   for (Isa isa : kAll) {
     if (std::string(wanted) != name(isa)) continue;
-    RAZOR_CHECK(has(isa), "RAZOR_ISA: expected an instruction set of this CPU (", names(/*only_present=*/true), "), got ",
-                wanted);
+    RAZOR_CHECK(has(isa), "RAZOR_ISA: expected an instruction set of this CPU (", names(/*only_present=*/true),
+                "), got ", wanted);
     return isa;
   }
   detail::fail("RAZOR_ISA: expected one of ", names(/*only_present=*/false), ", got ", wanted);

@@ -13,17 +13,17 @@ inline constexpr int64_t kTileColumns = 64;  // most keys in one tile
 // Some query rows against some consecutive keys. logit[r][c] = query_r . key_c + bias[r] + slope[r] * c for the visible
 // columns first[r] <= c < last[r]; the softmax state of each row takes them in.
 struct AttentionTile {
-  const float* query;          // [rows, head_dim], already multiplied by the softmax scale
-  const void* key;             // [columns, head_dim] of format, key_stride apart
-  const void* value;           // [columns, head_dim] of format, value_stride apart; not read by score_tile
-  const int32_t* first;        // [rows] first visible column
-  const int32_t* last;         // [rows] one past the last visible column
-  const float* bias;           // [rows]
-  const float* slope;          // [rows] logit per column
-  float* maximum;              // [rows] state: largest logit so far, -inf at the start
-  float* sum;                  // [rows] state: sum of exp(logit - maximum)
-  float* weighted;             // [rows, head_dim] state: sum of exp(logit - maximum) * value; not touched by score_tile
-  float* logits;               // [rows, kTileColumns] scratch
+  const float* query;    // [rows, head_dim], already multiplied by the softmax scale
+  const void* key;       // [columns, head_dim] of format, key_stride apart
+  const void* value;     // [columns, head_dim] of format, value_stride apart; not read by score_tile
+  const int32_t* first;  // [rows] first visible column
+  const int32_t* last;   // [rows] one past the last visible column
+  const float* bias;     // [rows]
+  const float* slope;    // [rows] logit per column
+  float* maximum;        // [rows] state: largest logit so far, -inf at the start
+  float* sum;            // [rows] state: sum of exp(logit - maximum)
+  float* weighted;       // [rows, head_dim] state: sum of exp(logit - maximum) * value; not touched by score_tile
+  float* logits;         // [rows, kTileColumns] scratch
   int64_t rows, columns, head_dim;
   int64_t key_stride, value_stride;  // elements
   KvFormat format;

@@ -7,9 +7,9 @@
 
 namespace razor::cpu {
 const Kernels kernels_avx2 = {.attention_tile = avx2::attention_tile,
-                            .score_tile = avx2::score_tile,
-                            .add_rows = avx2::add_rows,
-                            .load_row = avx2::load_row,
-                            .store_row = avx2::store_row,
-                            .dot = avx2::dot};
+                              .score_tile = avx2::score_tile,
+                              .add_rows = avx2::add_rows,
+                              .load_row = avx2::load_row,
+                              .store_row = avx2::store_row,
+                              .dot = avx2::dot};
 }  // namespace razor::cpu

@@ -7,9 +7,9 @@
 
 namespace razor::cpu {
 const Kernels kernels_avx512 = {.attention_tile = avx512::attention_tile,
-                            .score_tile = avx512::score_tile,
-                            .add_rows = avx512::add_rows,
-                            .load_row = avx512::load_row,
-                            .store_row = avx512::store_row,
-                            .dot = avx512::dot};
+                                .score_tile = avx512::score_tile,
+                                .add_rows = avx512::add_rows,
+                                .load_row = avx512::load_row,
+                                .store_row = avx512::store_row,
+                                .dot = avx512::dot};
 }  // namespace razor::cpu

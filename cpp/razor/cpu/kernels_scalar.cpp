@@ -7,9 +7,9 @@
 
 namespace razor::cpu {
 const Kernels kernels_scalar = {.attention_tile = scalar::attention_tile,
-                            .score_tile = scalar::score_tile,
-                            .add_rows = scalar::add_rows,
-                            .load_row = scalar::load_row,
-                            .store_row = scalar::store_row,
-                            .dot = scalar::dot};
+                                .score_tile = scalar::score_tile,
+                                .add_rows = scalar::add_rows,
+                                .load_row = scalar::load_row,
+                                .store_row = scalar::store_row,
+                                .dot = scalar::dot};
 }  // namespace razor::cpu

@@ -28,6 +28,10 @@ struct Vec {
     from_float(v, p);
   }
   float sum() const { return v; }
+  // out[i] = x[i].sum() for a whole column block
+  static void sums(const Vec (&x)[kColumnBlock], float* out) {
+    for (int i = 0; i < kColumnBlock; ++i) out[i] = x[i].v;
+  }
   float largest() const { return v; }
   Vec exp() const { return {__builtin_expf(v)}; }
 };

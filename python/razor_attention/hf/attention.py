@@ -112,7 +112,7 @@ def attach(model: PreTrainedModel, plan: Plan, *, prefill: Prefill = "dense") ->
     switch = AttentionSwitch(model, "razor")
     RazorCache(model.config, plan, prefill=prefill)  # refuses what it cannot do before the model is touched
     had_own = vars(model).get("generate")
-    generate = model.generate
+    generate: Any = model.generate
 
     def generate_compressed(*args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("generation_config") or model.generation_config
@@ -125,14 +125,14 @@ def attach(model: PreTrainedModel, plan: Plan, *, prefill: Prefill = "dense") ->
         return generate(*args, **kwargs)
 
     with switch:
-        model.generate = generate_compressed
+        vars(model)["generate"] = generate_compressed  # on this object alone, over the class's method
         try:
             yield model
         finally:
             if had_own is None:
-                del model.generate
+                del vars(model)["generate"]
             else:
-                model.generate = had_own
+                vars(model)["generate"] = had_own
 
 
 _PROMPTS = ("inputs", "input_ids", "inputs_embeds")

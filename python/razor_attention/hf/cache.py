@@ -22,7 +22,7 @@ from .models import geometry
 Prefill = Literal["dense", "streaming"]
 
 
-class RazorLayer(CacheLayerMixin):
+class RazorLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer of a RazorCache: its LayerCache, and the columns of the attention mask that it has seen."""
 
     is_compileable = False
@@ -31,7 +31,7 @@ class RazorLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, dense: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.dense = dense
         self.cache: LayerCache | None = None
         self.columns = 0  # tokens seen, padding counted: what transformers counts
@@ -134,7 +134,7 @@ class RazorCache(Cache):
         plan: policy of every (layer, kv head). A length rule that is still open is resolved once, at the first call.
         prefill: "dense" (RazorAttention): the tokens of a call of more than one token read all tokens of that call,
             compression begins with what is stored. "streaming" (DuoAttention): every query keeps to its own window,
-            so that the result does not depend on how the prompt is cut, and prefill time is linear for compressed heads.
+            so the result does not depend on how the prompt is cut, and prefill time is linear for compressed heads.
         prompt_len: tokens for the plan's length rule; None: those of the first call, so name it for chunked prefill.
         page_size: tokens in a cache page, a multiple of 16.
 
@@ -142,6 +142,8 @@ class RazorCache(Cache):
         ValueError: plan: expected 4 layers x 4 kv heads like the model, got 32 x 8
         NotImplementedError: config: expected only full_attention layers, got sliding_attention
     """
+
+    layers: list[RazorLayer]  # type: ignore[assignment]
 
     def __init__(
         self,

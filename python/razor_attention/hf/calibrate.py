@@ -6,7 +6,7 @@ from __future__ import annotations
 import warnings
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ def probe_attention(
     refuse_unsupported(module, dropout, kwargs)
     probe = _running.get()
     echo, induction = ops.head_scores(query, key, probe.period, scale=scaling)
-    probe.scores[module.layer_idx] = (echo[0].cpu(), induction[0].cpu())
+    probe.scores[cast(int, module.layer_idx)] = (echo[0].cpu(), induction[0].cpu())
     probe.progress.update()
     out = nn.functional.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
@@ -110,7 +110,8 @@ def find_heads(
         try:
             with torch.no_grad():
                 # The decoder alone: nobody reads the probe's logits.
-                (model.get_decoder() or model.base_model)(input_ids=ids[None].to(model.device), use_cache=False)
+                decoder: Any = model.base_model
+                decoder(input_ids=ids[None].to(model.device), use_cache=False)
         finally:
             _running.reset(token)
     missing = [layer for layer in range(sizes.num_layers) if layer not in probe.scores]

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+# Set-up, then one command each. Another Python or torch: make test PY=python3.12 TORCH='torch==2.14.1'
+PY    ?= python3
+VENV  ?= .venv
+TORCH ?= torch==2.13.0
+PIP   := $(VENV)/bin/python -m pip install -q --disable-pip-version-check
+RUN   := $(VENV)/bin/python -m
+SRCS  := pyproject.toml CMakeLists.txt $(shell find cpp third_party python bench -type f -not -name '*.pyc' -not -path 'bench/results/*')
+CPP   := $(shell find cpp -name '*.h' -o -name '*.cpp')
+.PHONY: demo test lint format bench plot
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/razor demo
+
+test: $(VENV)/.installed
+	$(RUN) pytest -q
+
+lint: $(VENV)/.installed $(VENV)/.lint
+	$(VENV)/bin/ruff check python tests bench
+	$(VENV)/bin/ruff format --check python tests bench
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+
+format: $(VENV)/.torch $(VENV)/.lint
+	$(VENV)/bin/ruff check --fix python tests bench
+	$(VENV)/bin/ruff format python tests bench
+	$(VENV)/bin/clang-format -i $(CPP)
+
+bench: $(VENV)/.installed
+	$(RUN) razor_attention.bench.attention
+	$(RUN) razor_attention.bench.head_scores
+	$(RUN) razor_attention.bench.memory
+
+plot: $(VENV)/.installed
+	$(RUN) razor_attention.bench.plot
+
+# torch first, in its own step: the package builds against its headers.
+$(VENV)/.torch:
+	$(PY) -m venv $(VENV)
+	$(PIP) $(TORCH_PIP_FLAGS) '$(TORCH)'
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SRCS)
+	$(PIP) '.[test]'
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.torch pyproject.toml
+	$(PIP) ruff mypy clang-format types-tqdm
+	touch $@

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named shapes: one layer of a model, context lengths, and plans for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from razor_attention import FULL, LayerCache, Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Attention of one layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype = torch.bfloat16
+    page_size: int = 64  # tokens
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one key and one value of one kv head."""
+        return 2 * self.head_dim * self.dtype.itemsize
+
+    def tokens(self, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Random query (1, num_heads, count, head_dim), key and value (1, num_kv_heads, count, head_dim), in dtype."""
+        generator = torch.Generator().manual_seed(seed)
+        query, key, value = (
+            torch.randn(1, heads, count, self.head_dim, generator=generator).to(self.dtype)
+            for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        )
+        return query, key, value
+
+    def cache(self, plan: Plan) -> LayerCache:
+        """An empty cache for layer 0 of a plan."""
+        return LayerCache(
+            *plan.layer(0), batch_size=1, head_dim=self.head_dim, dtype=self.dtype, page_size=self.page_size
+        )
+
+
+LLAMA3_8B = Layer(num_heads=32, num_kv_heads=8, head_dim=128)
+CONTEXTS = {"8k": 8192, "32k": 32768}  # tokens
+
+
+def plans(layer: Layer = LLAMA3_8B) -> dict[str, Plan]:
+    """The plans of one layer that benches compare; in the compressed ones a single kv head is full."""
+    shape = {"num_layers": 1, "num_kv_heads": layer.num_kv_heads, "window_fraction": 0.0}
+    return {
+        "full": Plan.full(1, layer.num_kv_heads),
+        "1-full 4+4000+mean": Plan.from_heads({0: [0]}, sink_size=4, min_window=4000, **shape),
+        "1-full 64+256": Plan.from_heads({0: [0]}, sink_size=64, min_window=256, compensate=False, **shape),
+    }
+
+
+def rows_read(plan: Plan, context: int) -> int:
+    """Rows of layer 0 that a query reads after `context` tokens, its own included, compensation rows too."""
+    sinks, windows, compensate = plan.layer(0)
+    kept = torch.where(windows == FULL, context, (sinks.long() + windows).clamp(max=context))
+    return int(kept.sum() + (compensate & (kept < context)).sum())
+
+
+def rows_read_by_prompt(plan: Plan, context: int) -> int:
+    """Sum of `rows_read` over all positions of a prompt."""
+    sinks, windows, compensate = plan.layer(0)
+    at = torch.arange(1, context + 1)[:, None]
+    kept = torch.minimum(at, torch.where(windows == FULL, context, sinks.long() + windows))
+    return int(kept.sum() + (compensate & (kept < at)).sum())

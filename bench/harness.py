@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every bench needs: interleaved timing, the machine's fingerprint and bandwidth, and CSV rows.
+
+Times are microseconds of one call. Rivals take turns, so that a slow minute of the machine hits all of them; the
+median and the interquartile range are over rounds. Correctness is the caller's to check, before it times anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from razor_attention import isa
+
+RESULTS = Path(__file__).parent / "results"
+LEAST_ROUNDS = 7
+_SAMPLE_SECONDS = 0.005  # a sample lasts at least so long, in several calls where one is shorter
+_STREAM_BYTES = 512 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Microseconds of one call."""
+
+    median_us: float
+    iqr_us: float
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of a results file; the field names are its header."""
+
+    machine: str
+    isa: str
+    threads: int
+    question: str
+    case: str
+    format: str  # of the cached rows, such as bf16
+    plan: str  # name of the plan, or of the rival
+    median_us: float
+    iqr_us: float
+    bytes: int  # read and written by one call, or held: see the question
+    flops: int
+    gb_s: float
+    gflop_s: float
+    commit: str
+
+
+FIELDS = tuple(field.name for field in fields(Row))
+
+
+def interleave(rivals: dict[str, Callable[[], object]], *, rounds: int = 9, warmup: int = 1) -> dict[str, Timing]:
+    """Time rivals in turns, another one first in each round.
+
+    Args:
+        rivals: name -> call to time.
+        rounds: samples of each rival, at least 7.
+        warmup: untimed calls of each rival.
+    Returns:
+        name -> median and interquartile range of one call.
+    Raises:
+        ValueError: rounds: expected an integer >= 7, got 3
+    """
+    if rounds < LEAST_ROUNDS:
+        raise ValueError(f"rounds: expected an integer >= {LEAST_ROUNDS}, got {rounds}")
+    calls = {}
+    for name, call in rivals.items():
+        for _ in range(warmup):
+            call()
+        calls[name] = max(1, math.ceil(_SAMPLE_SECONDS / max(_seconds(call, 1), 1e-9)))
+    samples: dict[str, list[float]] = {name: [] for name in rivals}
+    names = list(rivals)
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            samples[name].append(_seconds(rivals[name], calls[name]) * 1e6)
+    return {name: timing(values) for name, values in samples.items()}
+
+
+def timing(samples_us: Sequence[float]) -> Timing:
+    """Median and interquartile range of samples in microseconds."""
+    if len(samples_us) == 1:
+        return Timing(samples_us[0], 0.0)
+    low, middle, high = statistics.quantiles(samples_us, n=4, method="inclusive")
+    return Timing(middle, high - low)
+
+
+def _seconds(call: Callable[[], object], count: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - begin) / count
+
+
+def read_bandwidth(nbytes: int = _STREAM_BYTES) -> float:
+    """Bytes per nanosecond (GB/s) that this process reads from memory: the best of several passes over a large array.
+
+    The best and not the median: it serves as the ceiling that other figures are compared with.
+    """
+    half = nbytes // 8
+    left, right = torch.ones(half), torch.ones(half)
+    passes = [lambda: torch.dot(left, right), lambda: (left.sum(), right.sum())]
+    return max(8 * half / _seconds(call, 1) / 1e9 for _ in range(LEAST_ROUNDS) for call in passes)
+
+
+def machine() -> str:
+    """Short name of this machine, from CPU model and cores alone, such as xeon-2c."""
+    return f"{_slug(_cpu_model())}-{len(os.sched_getaffinity(0))}c"
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.is_file() else ""
+    found = re.search(r"^(?:model name|Model|CPU part)\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.machine()
+
+
+def _slug(model: str) -> str:
+    noise = r"\((?:R|TM|r|tm)\)|\b(?:Intel|AMD|CPU|Processor|\d+-Core)\b|@.*"
+    return "-".join(re.findall(r"[a-z0-9]+", re.sub(noise, " ", model).lower())) or "cpu"
+
+
+def commit() -> str:
+    """Short hash of the checkout that holds this file, with a + if tracked files differ from it; else "unknown"."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True, check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if dirty else "")
+
+
+def make_row(
+    question: str,
+    case: str,
+    plan: str,
+    time_us: Timing,
+    *,
+    nbytes: int,
+    flops: int = 0,
+    row_format: str = "bf16",
+    on: str | None = None,
+) -> Row:
+    """A row with this machine's columns filled in and the two rates derived; `on` overrides the machine's name."""
+    nanoseconds = time_us.median_us * 1e3 or math.inf
+    return Row(
+        machine=on or machine(),
+        isa=isa(),
+        threads=torch.get_num_threads(),
+        question=question,
+        case=case,
+        format=row_format,
+        plan=plan,
+        median_us=round(time_us.median_us, 2),
+        iqr_us=round(time_us.iqr_us, 2),
+        bytes=nbytes,
+        flops=flops,
+        gb_s=round(nbytes / nanoseconds, 3),
+        gflop_s=round(flops / nanoseconds, 3),
+        commit=commit(),
+    )
+
+
+def append_rows(rows: Sequence[Row], results: Path = RESULTS) -> Path:
+    """Append rows of one machine and question to `results`/<machine>/<question>.csv, with a header if it is new.
+
+    Raises:
+        ValueError: attention.csv: expected the columns machine,isa,..., got time,name
+    """
+    path = results / rows[0].machine / f"{rows[0].question}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    if not new:
+        with path.open() as file:
+            header = file.readline().strip()
+        if header != ",".join(FIELDS):
+            raise ValueError(f"{path.name}: expected the columns {','.join(FIELDS)}, got {header}")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    return path
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Text table: first column left, the others right, floats with three digits."""
+    lines = [list(header)] + [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
+    )
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The flags that all benches share."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files (default: beside the code)")
+    made.add_argument("--machine", default=None, help=f"name of this machine in them (default: {machine()})")
+    made.add_argument("--rounds", type=int, default=9, help="samples of each rival, at least 7 (default: 9)")
+    made.add_argument("--threads", type=int, default=0, help="threads of torch (default: its own choice)")
+    return made
+
+
+def report(rows: Sequence[Row], bandwidth: float, results: Path, on: str | None) -> None:
+    """Print rows with their share of the read bandwidth, and append them together with it."""
+    stream = make_row("", "read bandwidth", "stream", Timing(_STREAM_BYTES / bandwidth / 1e3, 0.0), nbytes=_STREAM_BYTES)
+    stream_row = Row(**{**asdict(stream), "question": rows[0].question, "machine": on or stream.machine, "format": "f32"})
+    header = ("case", "plan", "median ms", "iqr ms", "MB", "GB/s", "of stream", "GFLOP/s")
+    print(f"{rows[0].machine}, {rows[0].isa}, {rows[0].threads} threads, stream {bandwidth:.1f} GB/s")
+    print(
+        table(
+            header,
+            (
+                (r.case, r.plan, r.median_us / 1e3, r.iqr_us / 1e3, r.bytes / 1e6, r.gb_s, r.gb_s / bandwidth, r.gflop_s)
+                for r in rows
+            ),
+        )
+    )
+    print(f"appended to {append_rows([stream_row, *rows], results)}")
+
+
+def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Stop a bench whose rivals do not compute the same.
+
+    Args:
+        name: of what is compared.
+        actual, expected: tensors of one shape.
+        tolerance: largest absolute difference allowed.
+    Raises:
+        RuntimeError: decode 32k: expected a difference <= 0.02, got 0.5
+    """
+    difference = (actual.float() - expected.float()).abs().max().item()
+    if not difference <= tolerance:
+        raise RuntimeError(f"{name}: expected a difference <= {tolerance}, got {difference:.3g}")

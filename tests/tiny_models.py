@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random models whose answers depend on far tokens, and a second implementation of a plan: dense, masked, float64.
+
+The masked model keeps every key and value in a stock DynamicCache and decides for each query what it reads, from the
+plan's tables alone. It knows no pages, rings or running sums, and shares nothing with the package but the plan.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.cache_utils import Cache
+
+from razor_attention import FULL, Plan
+
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+}
+VOCABULARY = 96
+PAD, EOS = 0, 1  # prompts have neither; `settle` forbids them in answers
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "pad_token_id": PAD,
+    "bos_token_id": None,
+    "eos_token_id": EOS,
+}
+OF_FAMILY: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": None}}
+LAYERS, KV_HEADS = SIZES["num_hidden_layers"], SIZES["num_key_value_heads"]
+
+# Every kind of head: full, with and without compensation, without sinks, without a window.
+MIXED = Plan(
+    sink_size=[[0, 4, 2], [3, 0, 5]],
+    window_size=[[FULL, 8, 12], [17, FULL, 0]],
+    compensate=[[False, True, False], [True, False, True]],
+)
+
+
+def policies(plan: Plan, *, compensate: bool) -> Plan:
+    """The same plan with the compensation row for all heads or for none."""
+    return Plan(plan.sink_size, plan.window_size, torch.full_like(plan.compensate, compensate))
+
+
+def tiny_model(family: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    """A new random model with a config of its own; a config object that two models share would tie them together."""
+    config_class, model_class = FAMILIES[family]
+    model = model_class._from_config(config_class(**SIZES | OF_FAMILY.get(family, {}) | changes))
+    assert model.config._attn_implementation == "sdpa"
+    return settle(model).to(dtype)
+
+
+@functools.cache
+def shared_model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """One model for many tests: leave it as it was."""
+    return tiny_model(family, dtype=dtype)
+
+
+def settle(model: PreTrainedModel) -> PreTrainedModel:
+    """Large random weights: attention logits of a deviation around 2.5, so that single far tokens win, and clear answers."""
+    draw = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=draw)
+            if "norm" in name:  # q_norm and k_norm take the place of large projections
+                weight.copy_((1.6 if name.split(".")[-2] in ("q_norm", "k_norm") else 1.0) + 0.1 * noise)
+            elif weight.dim() == 1:
+                weight.copy_(0.3 * noise)
+            elif "embed" in name:
+                weight.copy_(noise)
+            else:
+                gain = 3.0 if "lm_head" in name else 1.6
+                weight.copy_(noise * gain * weight.shape[1] ** -0.5)
+    model.generation_config.suppress_tokens = [PAD, EOS]
+    return model.eval()
+
+
+def prompts(*lengths: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random ids and their mask, each (len(lengths), longest), int64, padded on the left."""
+    draw, longest = torch.Generator().manual_seed(seed), max(lengths)
+    ids = torch.randint(EOS + 1, VOCABULARY, (len(lengths), longest), generator=draw)
+    mask = (torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]).long()
+    return ids.where(mask.bool(), PAD), mask
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Positions that `generate` gives the tokens of a mask (batch, tokens)."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def logits_by_step(
+    model: PreTrainedModel, cache: Cache, ids: Tensor, lengths: Sequence[int], mask: Tensor | None = None
+) -> Tensor:
+    """Logits of fixed tokens (batch, tokens), fed in calls of these lengths: (batch, tokens, vocabulary) float32."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    out, start = [], 0
+    for length in lengths:
+        end = start + length
+        step = {"attention_mask": mask[:, :end], "position_ids": positions(mask[:, :end])[:, start:]}
+        out.append(model(ids[:, start:end], past_key_values=cache, use_cache=True, **step).logits)
+        start = end
+    assert start == ids.shape[1]
+    return torch.cat(out, 1).float()
+
+
+# --- the masked model
+
+_policy: ContextVar[tuple[Plan, bool]] = ContextVar("policy")
+
+
+def masked_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """One query at a time in spirit: query (batch, heads, q_len, dim); key, value (batch, kv heads, all tokens, dim)."""
+    plan, dense = _policy.get()
+    sink, window, compensate = (table[:, None, None] for table in plan.layer(module.layer_idx))  # [kv heads, 1, 1]
+    (batch, heads, q_len, _), kv_len = query.shape, key.shape[2]
+    real = torch.ones(batch, kv_len, dtype=torch.bool) if attention_mask is None else attention_mask
+    token = (real.cumsum(1) - 1)[:, None, None]  # [batch, 1, 1, kv_len], position of each column; padding does not count
+    here = token[..., -q_len:].transpose(2, 3)  # [batch, 1, q_len, 1]
+    visible = (here >= token) & real[:, None, None] & real[:, None, -q_len:, None]
+    exact = (token < sink) | (here - token < window)
+    if dense and q_len > 1:
+        stored = real[:, : kv_len - q_len].sum(1)[:, None, None, None]  # tokens in the cache when the call began
+        exact = exact | (token >= stored) | (stored - 1 - token < window)
+    exact, dropped = visible & exact, visible & ~exact & compensate  # [batch, kv heads, q_len, kv_len]
+
+    q = query.double().unflatten(1, (key.shape[1], -1)) * scaling  # [batch, kv heads, group, q_len, dim]
+    k, v = key.double()[:, :, None], value.double()[:, :, None]
+    count = dropped.sum(-1)[:, :, None, :, None].double()  # [batch, kv heads, 1, q_len, 1]
+    share = dropped[:, :, None] / count.clamp(min=1)
+    mean_k, mean_v = share @ k, share @ v  # one row for each query
+    logits = (q @ k.transpose(-1, -2)).masked_fill(~exact[:, :, None], -torch.inf)
+    logits = torch.cat([logits, (q * mean_k).sum(-1, keepdim=True) + count.log()], -1)
+    weights = logits.softmax(-1).nan_to_num(0.0)
+    out = weights[..., :-1] @ v + weights[..., -1:] * mean_v
+    return out.flatten(1, 2).to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def padding_mask(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+    """Hands the padding mask (batch, kv_len) on as it is."""
+    return attention_mask
+
+
+@contextmanager
+def masked(model: PreTrainedModel, plan: Plan, *, prefill: str = "dense") -> Iterator[None]:
+    """Inside this context the model with a DynamicCache computes what the plan says."""
+    before, token = model.config._attn_implementation, _policy.set((plan, prefill == "dense"))
+    model.set_attn_implementation("masked")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        _policy.reset(token)
+
+
+AttentionInterface.register("masked", masked_attention)
+AttentionMaskInterface.register("masked", padding_mask)
