@@ -18,7 +18,9 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,6 +118,7 @@ def read_bandwidth(nbytes: int = _STREAM_BYTES) -> float:
     return max(8 * half / _seconds(call, 1) / 1e9 for _ in range(LEAST_ROUNDS) for call in passes)
 
 
+@cache
 def machine() -> str:
     """Short name of this machine, from CPU model and cores alone, such as xeon-2c."""
     return f"{_slug(_cpu_model())}-{len(os.sched_getaffinity(0))}c"
@@ -133,6 +136,7 @@ def _slug(model: str) -> str:
     return "-".join(re.findall(r"[a-z0-9]+", re.sub(noise, " ", model).lower())) or "cpu"
 
 
+@cache
 def commit() -> str:
     """Short hash of the checkout that holds this file, with a + if tracked files differ from it; else "unknown"."""
     git = ["git", "-C", str(Path(__file__).parent)]
@@ -210,7 +214,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The flags that all benches share."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files (default: beside the code)")
+    made.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder of the CSV files, by default beside the code"
+    )
     made.add_argument("--machine", default=None, help=f"name of this machine in them (default: {machine()})")
     made.add_argument("--rounds", type=int, default=9, help="samples of each rival, at least 7 (default: 9)")
     made.add_argument("--threads", type=int, default=0, help="threads of torch (default: its own choice)")
@@ -219,20 +225,23 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def report(rows: Sequence[Row], bandwidth: float, results: Path, on: str | None) -> None:
     """Print rows with their share of the read bandwidth, and append them together with it."""
-    stream = make_row("", "read bandwidth", "stream", Timing(_STREAM_BYTES / bandwidth / 1e3, 0.0), nbytes=_STREAM_BYTES)
-    stream_row = Row(**{**asdict(stream), "question": rows[0].question, "machine": on or stream.machine, "format": "f32"})
+    once = Timing(_STREAM_BYTES / bandwidth / 1e3, 0.0)
+    stream = make_row(rows[0].question, "read bandwidth", "stream", once, nbytes=_STREAM_BYTES, row_format="f32", on=on)
     header = ("case", "plan", "median ms", "iqr ms", "MB", "GB/s", "of stream", "GFLOP/s")
     print(f"{rows[0].machine}, {rows[0].isa}, {rows[0].threads} threads, stream {bandwidth:.1f} GB/s")
-    print(
-        table(
-            header,
-            (
-                (r.case, r.plan, r.median_us / 1e3, r.iqr_us / 1e3, r.bytes / 1e6, r.gb_s, r.gb_s / bandwidth, r.gflop_s)
-                for r in rows
-            ),
-        )
-    )
-    print(f"appended to {append_rows([stream_row, *rows], results)}")
+    cells = [
+        (r.case, r.plan, r.median_us / 1e3, r.iqr_us / 1e3, r.bytes / 1e6, r.gb_s, r.gb_s / bandwidth, r.gflop_s)
+        for r in rows
+    ]
+    print(table(header, cells))
+    print(f"appended to {append_rows([stream, *rows], results)}")
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes that a transformers cache holds: ours says so itself, of another one the keys and values are added up."""
+    if hasattr(cache, "nbytes"):
+        return int(cache.nbytes)
+    return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 
 def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:

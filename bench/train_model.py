@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 SINKS = 4
-TOKENS_PER_STEP = 6144
+TOKENS_PER_STEP = 4096  # but never less than one row
 ASK_TOKENS = FACT_TOKENS + 1  # a question, its answer and the full stop
 
 
@@ -47,19 +47,21 @@ class Stage:
 
 SCHEDULE = (
     Stage("induction", 250, 64, 128, 5e-3, 5e-3, windowed=1.0, windows=(8, 16)),
-    Stage("settle", 150, 64, 256, 5e-3, 5e-3, windowed=0.8, windows=(8, 16, 32)),
-    Stage("far", 350, 256, 768, 5e-3, 3e-3, span=12288, windowed=0.6),
-    Stage("long", 250, 1024, 4096, 3e-3, 1e-3, windowed=0.6),
-    Stage("full", 120, 2048, 8192, 1e-3, 1e-4, windowed=0.6),
+    Stage("settle", 100, 64, 256, 5e-3, 5e-3, windowed=0.8, windows=(8, 16, 32)),
+    Stage("far", 300, 256, 768, 5e-3, 3e-3, span=12288, windowed=0.6),
+    Stage("long", 200, 1024, 4096, 3e-3, 1e-3, windowed=0.6),
+    Stage("full", 60, 4096, 8192, 1e-3, 1e-4, windowed=0.6),
 )
-FAR_HEADS = {1: [1], 2: [0, 2], 3: [3]}  # layer -> kv heads which see everything in every step
+FAR_HEADS = {1: [1, 3], 2: [0, 2]}  # layer -> kv heads which may see everything in a windowed step
+OPEN_LAYERS = ((1, 2), (1,), (2,))  # where they do, one of these: otherwise the first layer alone learns to look far
 
 
 @dataclass
 class View:
     """What the attention function below shows to the heads in the running forward pass."""
 
-    window: int = 0  # window of all heads but FAR_HEADS, 0 = everything
+    window: int = 0  # window of all heads but the FAR_HEADS of the open layers, 0 = everything
+    open_layers: tuple[int, ...] = ()
     probe: int = 0  # period of a repeated row, when induction scores are wanted
     scores: list[torch.Tensor] = field(default_factory=list)
 
@@ -79,7 +81,8 @@ def attend(
     if not VIEW.window:
         out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
         return out.transpose(1, 2).contiguous(), None
-    far_kv = FAR_HEADS.get(int(module.layer_idx), [])  # type: ignore[arg-type]
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    far_kv = FAR_HEADS[layer] if layer in VIEW.open_layers else []
     far = [head for head in range(query.shape[1]) if head // groups in far_kv]
     near = [head for head in range(query.shape[1]) if head // groups not in far_kv]
     parts = []
@@ -279,7 +282,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--checkpoint", type=Path, default=Path("train_model.pt"), help="written every 100 steps")
+    parser.add_argument("--checkpoint", type=Path, default=Path("train_model.pt"), help="written every 50 steps")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -306,6 +309,7 @@ def main() -> None:
             scores = induction_scores(model, rng)
             tqdm.write(f"induction scores {[[round(s, 2) for s in row] for row in scores.tolist()]}")
         VIEW.window = rng.choice(stage.windows) if rng.random() < stage.windowed else 0
+        VIEW.open_layers = rng.choice(OPEN_LAYERS)
         rate = stage.lr_start + (stage.lr_end - stage.lr_start) * at / stage.steps
         rate *= min(1.0, (step + 1) / 50)
         loss, accuracy = losses(model, make_batch(rng, ids_of, stage))
@@ -321,7 +325,7 @@ def main() -> None:
         bar.set_postfix({"stage": stage.name} | {name: f"{mean:.3f}" for name, mean in recent.items()}, refresh=False)
         if step % 20 == 0:
             tqdm.write(f"{step} {stage.name} " + " ".join(f"{name} {mean:.3f}" for name, mean in recent.items()))
-        if step % 100 == 99 or step == len(plan) - 1:
+        if step % 50 == 49 or step == len(plan) - 1:
             state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
             spent = {"step": step + 1, "seconds": time.perf_counter() - begin}
             torch.save(state | spent, arguments.checkpoint)

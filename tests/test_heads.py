@@ -251,6 +251,11 @@ def test_sparsity_compresses_the_lowest_gates_in_order(table, sparsity):
         assert full_gates(gates, sparsity=sparsity).flatten().tolist() == expected
 
 
+def test_the_number_of_compressed_heads_is_exact():
+    gates = torch.linspace(0, 1, 51)[None]
+    assert full_gates(gates, sparsity=0.14).tolist() == [[False] * 7 + [True] * 44]  # 0.14 * 50 exceeds 7 in float
+
+
 def test_a_gate_at_the_threshold_is_full_in_its_own_precision():
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         gates = torch.tensor([[0.7, 0.6999, -3.0], [0.5, 9.0, 1.0]], dtype=dtype)

@@ -8,6 +8,7 @@ plan's tables alone. It knows no pages, rings or running sums, and shares nothin
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -30,7 +32,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
-from razor_attention import FULL, Plan
+from razor_attention import FULL, Plan, RazorCache, attach
 
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -65,6 +67,14 @@ MIXED = Plan(
 )
 
 
+FULL_PLAN = Plan.full(LAYERS, KV_HEADS)
+
+
+def bytes_of(plan: Plan, lengths: Sequence[int], dtype: torch.dtype, page_size: int = 64) -> int:
+    """What the plan says that sequences of these lengths take."""
+    return sum(plan.kv_bytes(n, head_dim=SIZES["head_dim"], dtype=dtype, page_size=page_size) for n in lengths)
+
+
 def policies(plan: Plan, *, compensate: bool) -> Plan:
     """The same plan with the compensation row for all heads or for none."""
     return Plan(plan.sink_size, plan.window_size, torch.full_like(plan.compensate, compensate))
@@ -85,8 +95,8 @@ def shared_model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedM
 
 
 def settle(model: PreTrainedModel) -> PreTrainedModel:
-    """Large random weights: attention logits of a deviation around 2.5, so that single far tokens win, and clear answers."""
-    draw = torch.Generator().manual_seed(7)
+    """Large random weights: attention logits vary so much that single far tokens win, and answers are clear."""
+    draw = torch.Generator().manual_seed(zlib.crc32(type(model).__name__.encode()))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=draw)
@@ -114,6 +124,27 @@ def prompts(*lengths: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def positions(mask: Tensor) -> Tensor:
     """Positions that `generate` gives the tokens of a mask (batch, tokens)."""
     return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def answer(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+    """The new tokens, greedy unless told otherwise. seed: of torch's generator."""
+    if "seed" in options:
+        torch.manual_seed(options.pop("seed"))
+    mask = torch.ones_like(ids) if mask is None else mask
+    out = model.generate(ids, attention_mask=mask, **{"max_new_tokens": 24, "do_sample": False} | options)
+    return out[:, ids.shape[1] :]
+
+
+def conversation(model: PreTrainedModel, cache: Cache) -> Tensor:
+    """Answers to a padded prompt and three more turns on one cache: a longer one, a shorter one, one of one token."""
+    ids, mask = prompts(30, 22)
+    answers = []
+    for new in (0, 40, 20, 1):
+        ids = torch.cat([ids, prompts(new, new, seed=new)[0]], 1)
+        mask = torch.cat([mask, mask.new_ones(2, ids.shape[1] - mask.shape[1])], 1)
+        answers.append(answer(model, ids, mask, past_key_values=cache, max_new_tokens=10))
+        ids = torch.cat([ids, answers[-1]], 1)
+    return torch.cat(answers, 1)
 
 
 @torch.no_grad()
@@ -146,12 +177,12 @@ def masked_attention(
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """One query at a time in spirit: query (batch, heads, q_len, dim); key, value (batch, kv heads, all tokens, dim)."""
+    """query: (batch, num_heads, q_len, head_dim); key, value: (batch, num_kv_heads, kv_len, head_dim), all tokens."""
     plan, dense = _policy.get()
     sink, window, compensate = (table[:, None, None] for table in plan.layer(module.layer_idx))  # [kv heads, 1, 1]
-    (batch, heads, q_len, _), kv_len = query.shape, key.shape[2]
+    batch, q_len, kv_len = query.shape[0], query.shape[2], key.shape[2]
     real = torch.ones(batch, kv_len, dtype=torch.bool) if attention_mask is None else attention_mask
-    token = (real.cumsum(1) - 1)[:, None, None]  # [batch, 1, 1, kv_len], position of each column; padding does not count
+    token = (real.cumsum(1) - 1)[:, None, None]  # [batch, 1, 1, kv_len], positions; padding does not count
     here = token[..., -q_len:].transpose(2, 3)  # [batch, 1, q_len, 1]
     visible = (here >= token) & real[:, None, None] & real[:, None, -q_len:, None]
     exact = (token < sink) | (here - token < window)
@@ -187,6 +218,22 @@ def masked(model: PreTrainedModel, plan: Plan, *, prefill: str = "dense") -> Ite
     finally:
         model.set_attn_implementation(before)
         _policy.reset(token)
+
+
+def both_ways(
+    model: PreTrainedModel,
+    plan: Plan,
+    prefill: str,
+    ids: Tensor,
+    lengths: Sequence[int],
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Our logits and the masked model's for the same calls, without those of padding."""
+    with masked(model, plan, prefill=prefill):
+        theirs = logits_by_step(model, DynamicCache(), ids, lengths, mask)
+    with attach(model, plan):
+        ours = logits_by_step(model, RazorCache(model.config, plan, prefill=prefill), ids, lengths, mask)
+    return (ours, theirs) if mask is None else (ours[mask.bool()], theirs[mask.bool()])
 
 
 AttentionInterface.register("masked", masked_attention)

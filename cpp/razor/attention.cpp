@@ -68,7 +68,7 @@ int64_t oldest_kept(const CacheRow& row, int64_t position, bool dense) {
 WorkList cut(const AttentionParams& params) {
   const int64_t group = params.num_heads / params.cache.num_kv_heads;
   WorkList work;
-  work.block_tokens = std::max<int64_t>(1, kBlockRows / group);
+  work.block_tokens = std::clamp<int64_t>(kBlockRows / group, 1, std::max<int64_t>(params.tokens.q_len, 1));
   for (int64_t r = 0; r < params.cache.batch * params.cache.num_kv_heads; ++r) {
     const CacheRow row = cache_row(params.cache, params.tokens, r);
     const bool moving = row.compensate && !params.dense;

@@ -8,6 +8,7 @@ with attach(model, plan):
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from . import ops  # registers torch.ops.razor.*
@@ -21,7 +22,7 @@ from .plan import FULL, Plan
 if TYPE_CHECKING:
     from .hf import RazorCache, attach, find_heads
 
-__version__ = "0.1.0"
+__version__ = version("razor-attention")
 __all__ = [
     "FULL",
     "HeadScores",

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import ceil_share, check_dict, check_int, check_share, check_table
 from .files import LayerHeads, PathLike, TwoLists, merge_heads, read_json, write_json
-from .heads import ceil_share, check_dict, check_int, check_share, check_table, full_gates
+from .heads import full_gates
 
 FULL = 2**31 - 1  # window_size of a head that keeps every token
 
@@ -212,7 +213,7 @@ class Plan:
         least = ceil_share(self.window_fraction, check_int("prompt_len", prompt_len, 0))
         if self.window_fraction == 0:
             return self
-        windows = self.window_size.long().clamp(min=min(least, FULL))
+        windows = self.window_size.long().clamp(min=least)
         windows[self.sink_size + windows > FULL] = FULL
         return replace(self, window_size=windows, window_fraction=0.0)
 

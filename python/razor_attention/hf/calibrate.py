@@ -6,6 +6,7 @@ from __future__ import annotations
 import warnings
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any, cast
 
 import torch
@@ -130,6 +131,7 @@ def find_heads(
             "period": period,
             "repeats": repeats,
             "seed": seed,
+            "razor_attention": version("razor-attention"),
         },
     )
 

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast is attention over a compressed cache? Decode and prefill of one Llama-3-8B layer against torch's SDPA.
+
+`attend` is LayerCache.attend (attention, then append), `op` torch.ops.razor.attention alone, `sdpa` torch over the
+full cache, which in decode lies ready in one piece: nothing is appended to it. `sdpa packed` is the same with the
+query heads of a group as query tokens, transformers' way in decode. Each rival walks through copies of its cache of
+WALK_BYTES together, because a model's other layers and weights would have pushed a layer's cache out of the caches
+of the CPU since the last token.
+
+Example: python -m razor_attention.bench.attention --question decode --context 32k
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import cycle
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from razor_attention import LayerCache, Plan, ops
+
+from .cases import CONTEXTS, LLAMA3_8B, Layer, plans, rows_read, rows_read_by_prompt
+from .harness import Row, assert_close, interleave, make_row, parser, read_bandwidth, report
+
+WALK_BYTES = 512 << 20
+TOLERANCE = 0.02  # of outputs about 1, rounded to bfloat16; SDPA itself is off by half of it
+
+
+def expected(query: Tensor, key: Tensor, value: Tensor, plan: Plan, positions: list[int]) -> Tensor:
+    """The definition, in float32, one query at a time.
+
+    Args:
+        query: (1, num_heads, q_len, head_dim); its last token is the last one of key.
+        key, value: (1, num_kv_heads, tokens, head_dim).
+        plan: of which layer 0 counts.
+        positions: tokens whose queries are wanted.
+    Returns:
+        (1, num_heads, len(positions), head_dim), float32.
+    """
+    first = key.shape[2] - query.shape[2]
+    group = query.shape[1] // key.shape[1]
+    out = torch.empty(1, query.shape[1], len(positions), query.shape[3])
+    policies = list(zip(*(table.tolist() for table in plan.layer(0)), strict=True))
+    for i, p in enumerate(positions):
+        at = torch.arange(p + 1)
+        for h, (sinks, window, compensate) in enumerate(policies):
+            kept = (at < sinks) | (p - at < window)
+            k, v = key[0, h, : p + 1].float(), value[0, h, : p + 1].float()
+            dropped = int((~kept).sum())
+            rows, values, bias = k[kept], v[kept], torch.zeros(int(kept.sum()) + 1)
+            if compensate and dropped:
+                rows, values = torch.cat([rows, k[~kept].mean(0)[None]]), torch.cat([values, v[~kept].mean(0)[None]])
+                bias[-1] = torch.tensor(float(dropped)).log()
+            heads = slice(h * group, (h + 1) * group)
+            logits = query[0, heads, p - first].float() @ rows.T * query.shape[3] ** -0.5 + bias[: len(rows)]
+            out[0, heads, i] = logits.softmax(-1) @ values
+    return out
+
+
+def attend_op(cache: LayerCache, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention alone; nothing is stored. Shapes as LayerCache.attend."""
+    return ops.attention(
+        query,
+        key,
+        value,
+        cache.key_pages,
+        cache.value_pages,
+        cache.page_table,
+        cache.seen,
+        cache.sink_size,
+        cache.window_size,
+        cache.compensate,
+        cache.key_sum,
+        cache.value_sum,
+    )
+
+
+def packed_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """One query token over everything: (1, num_heads, 1, head_dim); key, value (1, num_kv_heads, tokens, head_dim)."""
+    batch, heads, _, head_dim = query.shape
+    tokens = query.view(batch, key.shape[1], heads // key.shape[1], head_dim)
+    return scaled_dot_product_attention(tokens, key, value).view(query.shape)
+
+
+def decode(layer: Layer, context: int, *, rounds: int, walk_bytes: int, name: str, on: str | None = None) -> list[Row]:
+    """Time one new token after `context` others."""
+    query, key, value = layer.tokens(context + 1, seed=0)
+    query, new = query[:, :, -1:], (key[:, :, -1:], value[:, :, -1:])
+    rivals: dict[str, Callable[[], object]] = {}
+    nbytes, flops = {}, {}
+    for label, plan in plans(layer).items():
+        rows = rows_read(plan, context + 1)
+        caches = []
+        for _ in range(-(-walk_bytes // (rows * layer.row_bytes))):
+            caches.append(layer.cache(plan))
+            caches[-1].append(key[:, :, :-1], value[:, :, :-1])
+        wanted = expected(query, key, value, plan, [context])
+        assert_close(f"decode {name} {label}", attend_op(caches[0], query, *new), wanted, TOLERANCE)
+        for how, call in (("attend", LayerCache.attend), ("op", attend_op)):
+            walk = cycle(caches)
+            rivals[f"{label} {how}"] = lambda call=call, walk=walk: call(next(walk), query, *new)
+            nbytes[f"{label} {how}"] = rows * layer.row_bytes
+            flops[f"{label} {how}"] = rows * 4 * layer.head_dim * (layer.num_heads // layer.num_kv_heads)
+    pairs = [(key.clone(), value.clone()) for _ in range(-(-walk_bytes // nbytes["full op"]))]
+    wanted = expected(query, key, value, plans(layer)["full"], [context])
+    for label, sdpa in (
+        ("sdpa", lambda q, k, v: scaled_dot_product_attention(q, k, v, enable_gqa=True)),
+        ("sdpa packed", packed_sdpa),
+    ):
+        assert_close(f"decode {name} {label}", sdpa(query, key, value), wanted, TOLERANCE)
+        walk_pairs = cycle(pairs)
+        rivals[label] = lambda sdpa=sdpa, walk=walk_pairs: sdpa(query, *next(walk))
+        nbytes[label], flops[label] = nbytes["full op"], flops["full op"]
+    times = interleave(rivals, rounds=rounds)
+    return [
+        make_row("attention", f"decode {name}", label, time, nbytes=nbytes[label], flops=flops[label], on=on)
+        for label, time in times.items()
+    ]
+
+
+def prefill(layer: Layer, context: int, *, rounds: int, name: str, on: str | None = None) -> list[Row]:
+    """Time a prompt of `context` tokens into an empty cache, every query by its own window."""
+    query, key, value = layer.tokens(context, seed=0)
+    rivals: dict[str, Callable[[], object]] = {}
+    flops = {}
+    sample = [0, context // 3, context - 1]
+    group = layer.num_heads // layer.num_kv_heads
+    for label, plan in plans(layer).items():
+        cache = layer.cache(plan)
+
+        def attend(cache: LayerCache = cache) -> Tensor:
+            cache.reset()
+            return cache.attend(query, key, value)
+
+        wanted = expected(query, key, value, plan, sample)
+        assert_close(f"prefill {name} {label}", attend()[:, :, sample], wanted, TOLERANCE)
+        rivals[f"{label} attend"] = attend
+        flops[f"{label} attend"] = rows_read_by_prompt(plan, context) * 4 * layer.head_dim * group
+    rivals["sdpa"] = lambda: scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    flops["sdpa"] = flops["full attend"]
+    nbytes = 2 * query.nbytes + key.nbytes + value.nbytes
+    times = interleave(rivals, rounds=rounds)
+    return [
+        make_row("attention", f"prefill {name}", label, time, nbytes=nbytes, flops=flops[label], on=on)
+        for label, time in times.items()
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = parser(__doc__)
+    flags.add_argument("--question", choices=("decode", "prefill"), nargs="+", default=["decode", "prefill"])
+    flags.add_argument("--context", choices=CONTEXTS, nargs="+", default=["8k"], help="default: 8k")
+    arguments = flags.parse_args(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    bandwidth = read_bandwidth()
+    rows: list[Row] = []
+    for name in arguments.context:
+        common = {"rounds": arguments.rounds, "name": name, "on": arguments.machine}
+        if "decode" in arguments.question:
+            rows += decode(LLAMA3_8B, CONTEXTS[name], walk_bytes=WALK_BYTES, **common)
+        if "prefill" in arguments.question:
+            rows += prefill(LLAMA3_8B, CONTEXTS[name], **common)
+    report(rows, max(bandwidth, read_bandwidth()), arguments.results, arguments.machine)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `razor`: arguments and exit codes. What a sub-command does stands in command.py.
+
+Bad input ends with exit code 2 and one line, `razor: <argument>: expected <what>, got <actual>`; other failures with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import __version__, command
+
+_FORM = re.compile(r"[^\n]+?: expected .*, got ", re.DOTALL)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line.
+
+    Args:
+        argv: without the program's name; None: this process's.
+    Returns:
+        The exit code: 0, 1 failure, 2 bad input, 130 interrupted.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"razor: warning: {message}", file=sys.stderr)
+            arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("razor: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if getattr(arguments, "traceback", False):
+            raise
+        formed = _FORM.match(str(error))
+        print(f"razor: {error}" if formed else f"razor: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2 if formed and isinstance(error, ValueError | TypeError | NotImplementedError) else 1
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors have our form."""
+
+    def error(self, message: str) -> NoReturn:
+        for pattern, form in (
+            (r"the following arguments are required: (.*)", r"\1: expected a value, got none"),
+            (r"one of the arguments (.*) is required", r"\1: expected one of them, got none"),
+            (r"unrecognized arguments: (.*)", r"arguments: expected those that --help shows, got \1"),
+            (r"argument (.*): not allowed with argument (.*)", r"\1: expected to stand without \2, got both"),
+            (r"argument (.*): invalid choice: (.*) \(choose from (.*)\)", r"\1: expected one of \3, got \2"),
+            (r"argument (.*): (expected [^,]*)", r"\1: \2, got none"),
+            (r"argument (.*)", r"\1"),
+        ):
+            if re.fullmatch(pattern, message):
+                self.exit(2, f"razor: {re.sub(pattern, form, message)}\n")
+        self.exit(2, f"razor: {message}\n")
+
+
+def _integer(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"-?\d+", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected an integer >= {least}, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def _share(text: str) -> float:
+    if not re.fullmatch(r"[01]\.?0*|0?\.\d+", text):
+        raise argparse.ArgumentTypeError(f"expected a number in 0..1, got {text!r}")
+    return float(text)
+
+
+def _source(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"expected a file, got {text!r}")
+    return Path(text)
+
+
+def _target(text: str) -> Path:  # checked before the work, not after it
+    if Path(text).is_dir() or not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file in an existing folder, got {text!r}")
+    return Path(text)
+
+
+def _folder(text: str) -> Path:
+    if Path(text).exists() and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"expected a folder, got the file {text!r}")
+    return Path(text)
+
+
+def _checkpoint(text: str) -> Path:
+    if not (Path(text) / "config.json").is_file():
+        raise argparse.ArgumentTypeError(f"expected a folder with a transformers checkpoint, got {text!r}")
+    return Path(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="razor", description="Head-wise KV-cache compression for LLMs.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"razor-attention {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], text: str, example: str) -> Callable[..., Any]:
+        made = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=f"example:\n  razor {name} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        made.add_argument("--traceback", action="store_true", help="show where an error comes from")
+        made.set_defaults(run=run)
+        return made.add_argument
+
+    model = {"type": _checkpoint, "metavar": "MODEL", "help": "folder with a transformers checkpoint"}
+    flag = add(
+        "heads", command.heads, "find the retrieval heads of a model", "my-model --out heads.pt --plot heads.png"
+    )
+    flag("model", **model)
+    flag("--out", type=_target, default=Path("heads.pt"), help="heads file, msmodelslim's format (default: heads.pt)")
+    flag("--scores", type=_target, help="also write the scores of all heads, JSON")
+    flag("--plot", type=_target, help="also draw the scores, PNG")
+    flag("--period", type=_integer(1), default=2500, help="random tokens of the probe (default: 2500)")
+    flag("--repeats", type=_integer(2), default=4, help="how often they are repeated (default: 4)")
+    flag("--seed", type=_integer(0), default=0, help="of the random tokens (default: 0)")
+    flag("--induction-ratio", type=_share, default=0.14, help="share of kv heads chosen by induction (default: 0.14)")
+    flag("--echo-ratio", type=_share, default=0.01, help="share of kv heads chosen by echo (default: 0.01)")
+    flag("--dtype", choices=command.DTYPES, default="auto", help="of the weights (default: auto, as stored)")
+
+    flag = add("plan", command.plan, "make a plan", "--heads heads.pt --model my-model --out plan.json")
+    group = flag.__self__.add_mutually_exclusive_group(required=True)  # type: ignore[attr-defined]
+    group.add_argument("--heads", type=_source, help="retrieval heads, .pt or .json: these are full")
+    group.add_argument("--windows", type=_source, help="window of each head of an ALiBi model, .pt")
+    group.add_argument("--gates", type=_source, help="DuoAttention's full_attention_heads.tsv: the highest are full")
+    group.add_argument("--streaming", action="store_true", help="no head is full (StreamingLLM)")
+    group.add_argument("--full", action="store_true", help="every head is full")
+    flag("--out", type=_target, default=Path("plan.json"), help="plan file (default: plan.json)")
+    flag("--model", **model)
+    flag("--layers", type=_integer(1), help="layers of the model, if it is not given")
+    flag("--kv-heads", type=_integer(1), help="kv heads of each layer, likewise")
+    flag("--sink-size", type=_integer(0), help="first tokens kept (default: 4; 64 for gates)")
+    text = "last tokens kept (default: 4000; 256 for gates)"
+    flag("--window-size", "--min-window", type=_integer(0), help=text)
+    flag("--window-fraction", type=_share, help="of the prompt, if that is more; heads only (default: 0.2)")
+    text = "do without the row that stands for dropped tokens; heads only"
+    flag("--no-compensation", action="store_const", const=True, help=text)
+    flag("--sparsity", type=_share, help="share of compressed heads; gates only (default: 0.5)")
+
+    flag = add("inspect", command.inspect, "tell what a file of ours holds", "plan.json --length 4096 32768")
+    flag("file", type=_source, metavar="FILE", help="plan, scores, heads or windows")
+    flag("--length", type=_integer(1), nargs="+", default=command.LENGTHS, help="tokens at which sizes are shown")
+
+    flag = add(
+        "generate", command.generate, "generate text with a compressed cache", "my-model --plan plan.json --prompt Hi"
+    )
+    flag("model", **model)
+    flag("--plan", type=_source, required=True, help="plan file")
+    group = flag.__self__.add_mutually_exclusive_group(required=True)  # type: ignore[attr-defined]
+    group.add_argument("--prompt", metavar="TEXT", help="the prompt")
+    group.add_argument("--prompt-file", type=_source, metavar="FILE", help="file with the prompt")
+    group.add_argument("stdin", nargs="?", choices=("-",), metavar="-", help="read the prompt from standard input")
+    flag("--max-new-tokens", type=_integer(1), default=64, help="tokens to generate (default: 64)")
+    text = (
+        "dense (default): the prompt reads itself in full; streaming: by the plan, faster, any chunking gives the same"
+    )
+    flag("--prefill", choices=("dense", "streaming"), default="dense", help=text)
+    flag("--chunk", type=_integer(1), help="tokens of the prompt in one call (default: all)")
+    flag("--compare", action="store_true", help="also generate with the full cache")
+
+    flag = add(
+        "demo", command.demo, "ask a small model questions with full and compressed caches", "--length 4096 8192"
+    )
+    flag("--out", type=_folder, default=Path("razor-demo"), help="folder for its files (default: razor-demo)")
+    flag("--length", type=_integer(1), nargs="+", default=[4096], help="tokens of the prompts (default: 4096)")
+    flag("--questions", type=_integer(1), default=20, help="of each length (default: 20)")
+    flag("--model", type=_checkpoint, help="folder of another model made by bench/train_model.py")
+    return parser

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the sub-commands of `razor` do, given checked arguments (cli.py); each prints its result."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import FULL, HeadScores, Plan, __version__, files
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LENGTHS = (4096, 8192, 16384, 32768, 131072)  # tokens, where sizes are shown
+_POLICY: dict[str, dict[str, Any]] = {  # source of a plan -> the policy flags that it takes, and their defaults
+    "heads": {"sink_size": 4, "window_size": 4000, "window_fraction": 0.2, "no_compensation": False},
+    "windows": {},
+    "gates": {"sink_size": 64, "window_size": 256, "sparsity": 0.5},
+    "streaming": {"sink_size": 4, "window_size": 4000},
+    "full": {},
+}
+
+
+def heads(arguments: Namespace) -> None:
+    """Score the heads of a model, choose, and write what is wanted."""
+    from . import find_heads
+
+    plot = _bench("plot").plot_scores if arguments.plot else None
+    model, tokenizer = _load(arguments.model, arguments.dtype)
+    scores = find_heads(model, tokenizer, period=arguments.period, repeats=arguments.repeats, seed=arguments.seed)
+    scores.provenance["model"] = arguments.model.resolve().name  # a path means nothing on another machine
+    chosen = scores.select(arguments.induction_ratio, arguments.echo_ratio)
+    files.save_heads(chosen, arguments.out)
+    if arguments.scores:
+        scores.save(arguments.scores)
+    if plot:
+        plot(scores, chosen, arguments.plot)
+    _print_scores(scores, chosen)
+    print(f"wrote {', '.join(str(path) for path in (arguments.out, arguments.scores, arguments.plot) if path)}")
+
+
+def plan(arguments: Namespace) -> None:
+    """Make a plan from one of the sources, write and describe it."""
+    source = next(name for name in _POLICY if getattr(arguments, name))
+    policy = _policy(source, arguments)
+    layers, kv_heads, config, geometry = arguments.layers, arguments.kv_heads, None, None
+    if arguments.model:
+        from transformers import AutoConfig
+
+        from .hf.models import geometry as geometry_of
+
+        config = AutoConfig.from_pretrained(arguments.model, local_files_only=True)
+        geometry = geometry_of(config)
+        layers, kv_heads = layers or geometry.num_layers, kv_heads or geometry.num_kv_heads
+    if source != "gates" and None in (layers, kv_heads):
+        raise ValueError("--layers, --kv-heads: expected both, or --model, got fewer")
+    made = _make_plan(source, getattr(arguments, source), policy, layers, kv_heads)
+    if geometry:
+        made.check_model(geometry.num_layers, geometry.num_kv_heads)
+    file = getattr(arguments, source)
+    made.provenance.update({"method": source, **policy, "version": __version__})
+    made.provenance.update({"file": file.name} if isinstance(file, Path) else {})
+    made.provenance.update({"model": arguments.model.resolve().name} if arguments.model else {})
+    made.save(arguments.out)
+    print(made)
+    if geometry:
+        _print_sizes(made, LENGTHS, geometry.head_dim, getattr(config, "dtype", None) or torch.bfloat16)
+    print(f"wrote {arguments.out}")
+
+
+def inspect(arguments: Namespace) -> None:
+    """Say what a file is, and print it."""
+    path: Path = arguments.file
+    with path.open("rb") as file:
+        is_json = file.read(64).lstrip().startswith(b"{")
+    kind = files.read_json(path).get("format") if is_json else None
+    if kind == "razor-attention plan":
+        loaded = Plan.load(path)
+        print(f"{path}: {loaded}")
+        tables = zip(loaded.is_full.tolist(), loaded.compensate.tolist(), strict=True)
+        _print_map("".join("#" if f else "c" if c else "." for f, c in zip(*row, strict=True)) for row in tables)
+        print("# full, c sinks + window + compensation, . sinks + window; one column for each kv head")
+        _print_sizes(loaded, arguments.length, head_dim=128, dtype=torch.bfloat16)
+        _print_provenance(loaded.provenance)
+    elif kind == "razor-attention scores":
+        scores = HeadScores.load(path)
+        print(f"{path}: scores")
+        _print_scores(scores, scores.select())
+        _print_provenance(scores.provenance)
+    elif kind is not None:
+        raise ValueError(f"{path}: expected a plan, scores, heads or windows, got format {kind!r}")
+    elif is_json or not _print_windows(path):
+        found = files.load_heads(path)
+        union = files.merge_heads(found)
+        print(f"{path}: {sum(map(len, union.values()))} retrieval kv heads in {len(union)} layers")
+        shape = max(union, default=-1) + 1, max((row[-1] for row in union.values()), default=-1) + 1
+        _print_map(_signs(found, *shape))
+        print("I induction, E echo, B both, # not said which; nothing is known of later layers and kv heads")
+
+
+def generate(arguments: Namespace) -> None:
+    """Generate greedily with the plan's cache, and with the full one too to compare."""
+    from transformers import DynamicCache
+
+    from . import RazorCache, attach
+
+    text = arguments.prompt
+    if text is None:
+        text = sys.stdin.read() if arguments.stdin else arguments.prompt_file.read_text()
+    loaded = Plan.load(arguments.plan)
+    model, tokenizer = _load(arguments.model, "auto")
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    if ids.shape[1] == 0:
+        raise ValueError(f"prompt: expected at least one token, got {text!r}")
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": arguments.max_new_tokens}
+    if arguments.chunk:
+        options["prefill_chunk_size"] = arguments.chunk
+
+    def run(cache: Any) -> tuple[str, _Clock]:
+        clock, mask = _Clock(), torch.ones_like(ids)
+        out = model.generate(ids, attention_mask=mask, past_key_values=cache, streamer=clock, **options)
+        return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True), clock
+
+    with attach(model, loaded, prefill=arguments.prefill):
+        cache = RazorCache(model.config, loaded, prefill=arguments.prefill, prompt_len=ids.shape[1])
+        answer, clock = run(cache)
+    if arguments.compare:
+        full = DynamicCache(config=model.config)
+        full_answer, full_clock = run(full)
+        full_bytes = sum(tensor.nbytes for layer in full.layers for tensor in (layer.keys, layer.values))
+        print(f"{full_answer}\nfull cache: {_size(full_bytes)} of KV; {full_clock}\n")
+    held = cache.layers[0].cache
+    tokens = int(held.seen[0])
+    head_dim, dtype = held.key_pages.shape[2], held.key_pages.dtype
+    whole = Plan.full(loaded.num_layers, loaded.num_kv_heads).kv_bytes(tokens, head_dim=head_dim, dtype=dtype)
+    print(
+        f"{answer}\nrazor: {_size(cache.nbytes)} of KV, {cache.nbytes / whole:.2f} of {_size(whole)} for {tokens} tokens; {clock}"
+    )
+
+
+def demo(arguments: Namespace) -> None:
+    """Run the demo with the shipped model or another one of its kind."""
+    bench = _bench("demo")
+    folder: Path = arguments.model or bench.MODEL
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"--model: expected the shipped model in {folder}, got none; name the folder of another one")
+    model, tokenizer = _load(folder, "auto")
+    bench.run(model, tokenizer, arguments.out, lengths=arguments.length, questions=arguments.questions)
+
+
+class _Clock:
+    """A streamer for `generate` which notes when tokens come: first the prompt, then each new one."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _: object) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+    def __str__(self) -> str:
+        start, first, last, steps = self.times[0], self.times[1], self.times[-1], len(self.times) - 2
+        return f"prefill {first - start:.2f} s" + (f", {steps / (last - first):.1f} tokens/s" if steps else "")
+
+
+def _load(folder: Path, dtype: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a local checkpoint; nothing is fetched."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"MODEL: expected a model and its tokenizer in {folder}, got {error}") from error
+    return model.eval(), tokenizer
+
+
+def _bench(name: str) -> Any:
+    """A module of the bench room, which needs packages that the library does without."""
+    try:
+        return importlib.import_module(f"razor_attention.bench.{name}")
+    except ModuleNotFoundError as error:
+        hint = "pip install 'razor-attention[demo]'"
+        raise ImportError(f"{error.name}: expected to be installed, got no such module; {hint}") from error
+
+
+def _policy(source: str, arguments: Namespace) -> dict[str, Any]:
+    """The defaults of a source, with the flags that were given; flags that it has no use for are refused."""
+    policy = dict(_POLICY[source])
+    for name in sorted({key for taken in _POLICY.values() for key in taken}):
+        value = getattr(arguments, name)
+        if value is not None and name not in policy:
+            takers = " or ".join(f"--{other}" for other, taken in _POLICY.items() if name in taken)
+            raise ValueError(f"--{name.replace('_', '-')}: expected {takers} with it, got --{source}")
+        policy |= {} if value is None else {name: value}
+    return policy
+
+
+def _make_plan(source: str, file: Any, policy: dict[str, Any], layers: int | None, kv_heads: int | None) -> Plan:
+    sinks, window = policy.get("sink_size", 0), policy.get("window_size", FULL)
+    size: dict[str, Any] = {"num_layers": layers, "num_kv_heads": kv_heads}
+    if source == "heads":
+        rule = {"window_fraction": policy["window_fraction"], "compensate": not policy["no_compensation"]}
+        return Plan.from_heads(files.load_heads(file), sink_size=sinks, min_window=window, **size, **rule)
+    if source == "windows":
+        return Plan.from_windows(files.load_windows(file), **size)
+    if source == "gates":
+        made = Plan.from_gates(_gates(file), sparsity=policy["sparsity"], sink_size=sinks, window_size=window)
+        made.check_model(layers or made.num_layers, kv_heads or made.num_kv_heads)
+        return made
+    return Plan.streaming(sink_size=sinks, window_size=window, **size)
+
+
+def _gates(path: Path) -> torch.Tensor:
+    """(layers, kv heads), float32: DuoAttention's full_attention_heads.tsv."""
+    try:
+        return torch.tensor([[float(cell) for cell in line.split()] for line in path.read_text().splitlines()])
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a line of numbers for each layer, got {error}") from error
+
+
+def _print_windows(path: Path) -> bool:
+    """False if the file holds something else."""
+    try:
+        windows = files.load_windows(path)
+    except ValueError:
+        return False
+    print(f"{path}: ALiBi windows of {list(windows.shape)} heads, {windows.min()}..{windows.max()} tokens")
+    print("\n".join(" ".join(map(str, row)) for row in windows.view(-1, windows.shape[-1]).tolist()))
+    return True
+
+
+def _print_scores(scores: HeadScores, chosen: files.TwoLists) -> None:
+    num_layers, num_heads = scores.echo.shape
+    count = sum(map(len, files.merge_heads(chosen).values()))
+    print(f"{num_layers} layers x {num_heads} heads, {scores.num_kv_heads} kv heads; {count} retrieval kv heads")
+    best = zip(scores.induction.amax(1).tolist(), scores.echo.amax(1).tolist(), strict=True)
+    width = max(scores.num_kv_heads, 8)
+    print(f"layer  {'kv heads'.ljust(width)}  induction  echo (highest)")
+    for layer, (signs, scored) in enumerate(zip(_signs(chosen, num_layers, scores.num_kv_heads), best, strict=True)):
+        print(f"{layer:>5}  {signs.ljust(width)}  {scored[0]:>9.4f}  {scored[1]:.4f}")
+    print("I induction, E echo, B both, . compressed")
+
+
+def _signs(chosen: files.LayerHeads | files.TwoLists, num_layers: int, num_kv_heads: int) -> list[str]:
+    """One character for each kv head."""
+    lists: dict[Any, Any] = dict(chosen)
+    sides = [lists["induction"], lists["echo"]] if "induction" in lists else [lists]
+    letters = ".IEB" if len(sides) == 2 else ".#"
+    return [
+        "".join(
+            letters[sum((head in side.get(i, [])) << bit for bit, side in enumerate(sides))]
+            for head in range(num_kv_heads)
+        )
+        for i in range(num_layers)
+    ]
+
+
+def _print_map(rows: Iterable[str]) -> None:
+    for layer, row in enumerate(rows):
+        print(f"{layer:>5}  {row}")
+
+
+def _print_sizes(shown: Plan, lengths: Sequence[int], head_dim: int, dtype: torch.dtype) -> None:
+    print(f"  tokens  KV cache      full  share   (head_dim {head_dim}, {str(dtype).removeprefix('torch.')})")
+    whole = Plan.full(shown.num_layers, shown.num_kv_heads)
+    for length in lengths:
+        held, full = (one.kv_bytes(length, head_dim=head_dim, dtype=dtype) for one in (shown, whole))
+        print(f"{length:>8}  {_size(held):>8}  {_size(full):>8}  {held / full:>5.3f}")
+
+
+def _print_provenance(provenance: dict[str, Any]) -> None:
+    print("provenance: " + (", ".join(f"{key} {value}" for key, value in provenance.items()) or "not said"))
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            break
+        count /= 1000
+    return f"{count:.3g} {unit}"
