@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ CONTEXTS = {"8k": 8192, "32k": 32768}  # tokens
 
 def plans(layer: Layer = LLAMA3_8B) -> dict[str, Plan]:
     """The plans of one layer that benches compare; in the compressed ones a single kv head is full."""
-    shape = {"num_layers": 1, "num_kv_heads": layer.num_kv_heads, "window_fraction": 0.0}
+    shape: dict[str, Any] = {"num_layers": 1, "num_kv_heads": layer.num_kv_heads, "window_fraction": 0.0}
     return {
         "full": Plan.full(1, layer.num_kv_heads),
         "1-full 4+4000+mean": Plan.from_heads({0: [0]}, sink_size=4, min_window=4000, **shape),

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from razor_attention.hf.cache import Prefill
 
 from .harness import cache_bytes, table
 from .plot import plot_scores
-from .questions import ANSWER_TOKENS, WORDS, Question, as_batch, make_questions
+from .questions import ANSWER_TOKENS, QUESTION_TOKENS, WORDS, Question, as_batch, make_questions
 
 MODEL = Path(__file__).parent / "model"
 
@@ -46,7 +46,18 @@ QUESTION_SEED = 1
 BATCH = 5  # questions at a time
 NEW_TOKENS = 16  # generated for each; the answer comes first, the others make the speed worth measuring
 
-FIELDS = ("length", "method", "exact_match", "kv_bytes", "kv_ratio", "prefill_s", "decode_tokens_per_s", "questions")
+
+class Result(NamedTuple):
+    """One row of demo.csv."""
+
+    length: int  # tokens of the prompt
+    method: str
+    exact_match: float  # share of the questions
+    kv_bytes: int  # of one question, at the end
+    kv_ratio: float  # to the first method's
+    prefill_s: float  # of one question
+    decode_tokens_per_s: float  # of a whole batch
+    questions: int
 
 
 @dataclass
@@ -79,6 +90,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     period = min(PERIOD, (longest - 1) // REPEATS)
     scores = find_heads(model, tokenizer, period=period, repeats=REPEATS)
+    scores.provenance["model"] = Path(str(scores.provenance["model"])).name  # a path means nothing elsewhere
     heads = scores.select(INDUCTION_RATIO, ECHO_RATIO)
     plan = make_plan(merge_heads(heads), scores)
     scores.save(out / "scores.json")
@@ -86,11 +98,10 @@ def run(
     plan.save(out / "plan.json")
     plot_scores(scores, heads, out / "scores.png")
     found = ", ".join(f"layer {layer}: {row}" for layer, row in merge_heads(heads).items())
-    print(
-        f"retrieval kv heads, from a probe of {period} random tokens x {REPEATS}: {found}\n{plan}, {PREFILL} prefill\n"
-    )
+    print(f"retrieval kv heads, by a probe of {period} random tokens x {REPEATS}: {found}")
+    print(f"{plan}, {PREFILL} prefill\n")
 
-    rows: list[tuple[object, ...]] = []
+    rows: list[Result] = []
     for length in lengths:
         asked = make_questions(tokenizer, length=length, count=questions, seed=QUESTION_SEED)
         methods = make_methods(plan, scores)
@@ -99,11 +110,11 @@ def run(
         if length == lengths[0]:
             print(side_by_side(tokenizer, asked[0], methods), end="\n\n")
     header = ("length", "method", "exact match", "KV MB", "KV ratio", "prefill s", "decode tokens/s")
-    cells = [(*row[:3], row[3] / 1e6, *row[4:7]) for row in rows]  # type: ignore[operator]
-    print(f"{questions} questions of each length in batches of {min(BATCH, questions)}; KV and prefill of one question")
+    cells = [(*row[:2], f"{row.exact_match:.0%}", row.kv_bytes / 1e6, *row[4:7]) for row in rows]
+    print(f"{questions} questions of each length, batches of {min(BATCH, questions)}; KV and prefill of one question")
     print(table(header, cells))
     with (out / "demo.csv").open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([FIELDS, *rows])
+        csv.writer(file, lineterminator="\n").writerows([Result._fields, *rows])
     print(f"\nin {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 
 
@@ -114,7 +125,10 @@ def check(tokenizer: PreTrainedTokenizerBase, longest: int, lengths: Sequence[in
     for length in lengths:
         if length + NEW_TOKENS > longest:
             raise ValueError(f"length: expected at most {longest - NEW_TOKENS} tokens for this model, got {length}")
-        make_questions(tokenizer, length=length, count=1)
+        try:
+            make_questions(tokenizer, length=length, count=1)
+        except ValueError as error:
+            raise ValueError(f"length: expected enough tokens for a question, got {length}; {error}") from error
     if questions < 1:
         raise ValueError(f"questions: expected an integer >= 1, got {questions}")
 
@@ -177,9 +191,9 @@ def answer(model: PreTrainedModel, ids: Tensor, method: Method) -> None:
     method.kv_bytes = cache_bytes(cache) // len(ids)
 
 
-def summary(length: int, questions: list[Question], methods: list[Method]) -> list[tuple[object, ...]]:
-    """One row of FIELDS for each name of a method; methods of the same name are averaged."""
-    rows: list[tuple[object, ...]] = []
+def summary(length: int, questions: list[Question], methods: list[Method]) -> list[Result]:
+    """One row for each name of a method; methods of the same name are averaged."""
+    rows: list[Result] = []
     for name in dict.fromkeys(method.name for method in methods):
         same = [method for method in methods if method.name == name]
         count = len(same) * len(questions)
@@ -188,32 +202,27 @@ def summary(length: int, questions: list[Question], methods: list[Method]) -> li
         )
         kv_bytes = sum(method.kv_bytes for method in same) // len(same)
         decode_s = sum(method.decode_s for method in same)
-        rows.append(
-            (
-                length,
-                name,
-                round(right / count, 4),
-                kv_bytes,
-                round(kv_bytes / methods[0].kv_bytes, 4),
-                round(sum(method.prefill_s for method in same) / count, 4),
-                round(count * (NEW_TOKENS - 1) / decode_s, 1),
-                len(questions),
-            )
-        )
+        match, ratio = round(right / count, 4), round(kv_bytes / methods[0].kv_bytes, 4)
+        prefill_s = round(sum(method.prefill_s for method in same) / count, 4)
+        speed = round(count * (NEW_TOKENS - 1) / decode_s, 1)
+        rows.append(Result(length, name, match, kv_bytes, ratio, prefill_s, speed, len(questions)))
     return rows
 
 
 def side_by_side(tokenizer: PreTrainedTokenizerBase, question: Question, methods: list[Method]) -> str:
     """The first question with everybody's answer."""
-    asked = tokenizer.decode(question.ids[-3:])
+
+    def text(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids))
+
     back = round((1 - question.depth) * (len(question.ids) - 1))
-    lines = [("wanted, said " + f"{back} tokens before", tokenizer.decode(question.answer), "")]
+    lines = [(f"wanted, said {back} tokens before", text(question.answer), "")]
     for method in methods:
         right = "right" if method.answers[0] == question.answer else "wrong"
-        lines.append((method.name.split(" (mean")[0], tokenizer.decode(method.answers[0]), right))
+        lines.append((method.name.split(" (mean")[0], text(method.answers[0]), right))
     widths = [max(len(line[i]) for line in lines) for i in range(2)]
-    text = "\n".join(f"  {a.ljust(widths[0])}  {b.ljust(widths[1])}  {c}".rstrip() for a, b, c in lines)
-    return f"Sample: {asked}\n{text}"
+    body = "\n".join(f"  {a.ljust(widths[0])}  {b.ljust(widths[1])}  {c}".rstrip() for a, b, c in lines)
+    return f"Sample: {text(question.ids[-QUESTION_TOKENS:])}\n{body}"
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from razor_attention import isa
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path("bench/results")  # of the checkout in which a bench runs
 LEAST_ROUNDS = 7
 _SAMPLE_SECONDS = 0.005  # a sample lasts at least so long, in several calls where one is shorter
 _STREAM_BYTES = 512 << 20
@@ -138,11 +138,10 @@ def _slug(model: str) -> str:
 
 @cache
 def commit() -> str:
-    """Short hash of the checkout that holds this file, with a + if tracked files differ from it; else "unknown"."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """Short hash of the checkout in which this runs, with a + if tracked files differ from it; else "unknown"."""
     try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True, check=False).returncode
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "diff", "--quiet", "HEAD"], capture_output=True, check=False).returncode
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("+" if dirty else "")
@@ -201,22 +200,28 @@ def append_rows(rows: Sequence[Row], results: Path = RESULTS) -> Path:
     return path
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Text table: first column left, the others right, floats with three digits."""
-    lines = [list(header)] + [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 2) -> str:
+    """Text table; the first `left` columns stand left, the others right; floats get three digits."""
+    lines = [list(header), *([_cell(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
+    sides = [str.ljust] * left + [str.rjust] * (len(header) - left)
     return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
+        "  ".join(side(cell, width) for side, cell, width in zip(sides, line, widths, strict=True)).rstrip()
+        for line in lines
     )
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return str(value)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The flags that all benches share."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument(
-        "--results", type=Path, default=RESULTS, help="folder of the CSV files, by default beside the code"
-    )
+    made.add_argument("--results", type=Path, default=RESULTS, help=f"folder of the CSV files (default: {RESULTS})")
     made.add_argument("--machine", default=None, help=f"name of this machine in them (default: {machine()})")
     made.add_argument("--rounds", type=int, default=9, help="samples of each rival, at least 7 (default: 9)")
     made.add_argument("--threads", type=int, default=0, help="threads of torch (default: its own choice)")

@@ -24,10 +24,10 @@ def scores(layer: Layer, period: int, *, rounds: int, on: str | None = None) -> 
     query, key, value = layer.tokens(tokens, seed=0)
     # The reference builds the whole map: the first kv head's group stands for all.
     group = layer.num_heads // layer.num_kv_heads
-    part = query[:, :group], key[:, :1]
-    short = 1 + min(period, 100) * REPEATS
-    wanted = reference.head_scores(*(x[:, :, :short] for x in part), min(period, 100), scale=layer.head_dim**-0.5)
-    found = head_scores(*(x[:, :, :short] for x in part), min(period, 100))
+    few = min(period, 100)
+    part = query[:, :group, : 1 + few * REPEATS], key[:, :1, : 1 + few * REPEATS]
+    wanted = reference.head_scores(*part, few, scale=layer.head_dim**-0.5)
+    found = head_scores(*part, few)
     for name, have, want in zip(("echo", "induction"), found, wanted, strict=True):
         assert_close(f"head scores, {name}", have, want, TOLERANCE)
     times = interleave(

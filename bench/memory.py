@@ -30,11 +30,11 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from razor_attention import Plan, RazorCache, attach
 
-from .harness import Row, Timing, append_rows, cache_bytes, make_row, table, timing
+from .harness import RESULTS, Row, Timing, append_rows, cache_bytes, make_row, table, timing
 
 VARIANTS = ("dynamic", "razor", "control")
 CHUNK = 256  # tokens of the prompt in one call; more would drown the cache in activations
@@ -68,8 +68,8 @@ class Usage:
     step_us: list[float]  # of each decode step
 
 
-def new_model(shape: Shape) -> LlamaForCausalLM:
-    """A Llama with random weights in bf16."""
+def new_model(shape: Shape) -> Any:
+    """A LlamaForCausalLM with random weights in bf16."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=shape.hidden_size,
@@ -79,10 +79,10 @@ def new_model(shape: Shape) -> LlamaForCausalLM:
         num_key_value_heads=shape.num_kv_heads,
         vocab_size=shape.vocab_size,
         max_position_embeddings=1 << 20,
-        attn_implementation="sdpa",
-        dtype=torch.bfloat16,
     )
-    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    auto: Any = AutoModelForCausalLM  # untyped
+    model = auto.from_config(config, attn_implementation="sdpa", dtype=torch.bfloat16)
+    return model.eval()
 
 
 def razor_plan(shape: Shape) -> Plan:
@@ -217,7 +217,7 @@ def summary(usages: list[Usage]) -> str:
         )
         for u in usages
     ]
-    text = table(header, cells)
+    text = table(header, cells, left=1)
     by_name = {usage.variant: usage for usage in usages}
     if {"razor", "dynamic"} <= set(by_name):
         razor, dynamic = by_name["razor"], by_name["dynamic"]
@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--chunk", type=int, default=CHUNK, help=f"tokens of it in one call (default: {CHUNK})")
     flags.add_argument("--variant", choices=VARIANTS, help="measure one in this process and print it as JSON")
     flags.add_argument("--threads", type=int, default=0, help="threads of torch (default: its own choice)")
-    flags.add_argument("--results", type=Path, default=None, help="folder of the CSV files (default: beside the code)")
+    flags.add_argument("--results", type=Path, default=RESULTS, help=f"folder of the CSV files (default: {RESULTS})")
     flags.add_argument("--machine", default=None, help="name of this machine in them")
     arguments = flags.parse_args(argv)
     if arguments.threads:
@@ -245,8 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     usages = [measure_apart(variant, arguments.length, arguments.chunk, arguments.threads) for variant in VARIANTS]
     print(summary(usages))
     rows = [row for usage in usages for row in rows_of(usage, arguments.machine)]
-    where = {} if arguments.results is None else {"results": arguments.results}
-    print(f"appended to {append_rows(rows, **where)}")
+    print(f"appended to {append_rows(rows, arguments.results)}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def plot_scores(scores: HeadScores, heads: dict[str, dict[int, list[int]]], path
     size = max(3.2, 0.24 * num_heads + 1.6), max(2.6, 0.24 * num_layers + 1.4)
     figure = Figure(figsize=(2 * size[0], size[1]), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), ("echo", "induction"), strict=True):
-        image = axes.imshow(getattr(scores, name), vmin=0, cmap="viridis", aspect="auto")
+        image = axes.imshow(getattr(scores, name).numpy(), vmin=0, cmap="viridis", aspect="auto")
         figure.colorbar(image, ax=axes, label="mean attention")
         for layer, row in heads[name].items():
             for head in row:
@@ -55,7 +55,7 @@ def latest(path: Path) -> dict[str, dict[str, dict[str, str]]]:
 
 
 def plot_results(path: Path, target: Path) -> None:
-    """Bars of time, with the interquartile range, and of bytes: one row of axes for each case, one bar for each plan."""
+    """Bars of time, with the interquartile range, and of bytes: a row of axes for each case, a bar for each plan."""
     cases = {case: rows for case, rows in latest(path).items() if case != "read bandwidth"}
     figure = Figure(figsize=(11, sum(0.9 + 0.32 * len(rows) for rows in cases.values())), layout="constrained")
     ratios = [1.5 + len(rows) for rows in cases.values()]
@@ -79,9 +79,7 @@ def plot_results(path: Path, target: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument(
-        "--results", type=Path, default=RESULTS, help="folder of the CSV files (default: beside the code)"
-    )
+    flags.add_argument("--results", type=Path, default=RESULTS, help=f"folder of the CSV files (default: {RESULTS})")
     arguments = flags.parse_args(argv)
     files = sorted(arguments.results.glob("*/*.csv"))
     if not files:

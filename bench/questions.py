@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,24 +20,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
-NAMES = tuple(
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+NAMES = _words(
     "ada amy ann ben bob cal cleo dan dora eli emma eva finn gus hal ida ian ivan jack jane joe kai kim lea leo lily "
-    "luke max mia nell nico noah ola otto paul pia quin rex rosa ruth sam sara tess theo tom uma vera zoe".split()
+    "luke max mia nell nico noah ola otto paul pia quin rex rosa ruth sam sara tess theo tom uma vera zoe"
 )
-VERBS = tuple("bought built cut found gave hid kept lost made sent sold took".split())
-THINGS = tuple(
+VERBS = _words("bought built cut found gave hid kept lost made sent sold took")
+THINGS = _words(
     "anchor apple arrow axe bag ball banana barrel basket bell belt bench blanket boat book boot bottle bowl box bread "
     "brick broom brush bucket button cable cake camera candle cap card carpet chair chalk cheese clock coat coin comb "
     "crown cup curtain desk dice door dress drum egg fan feather fence flag flute fork glass globe glove hammer harp "
     "hat helmet honey hook jar jug kettle key kite knife ladder lamp lantern leaf lemon letter lock map mask mirror "
     "nail needle net oar onion paddle paint pan paper pear pearl pen piano pillow pin pipe plate plum pot purse ring "
     "rope rug saddle salt scarf shell shoe shovel soap spoon stamp stone stool string sword table tent thread tile "
-    "torch towel tray trunk vase violin wagon wallet wheel whistle wool".split()
+    "torch towel tray trunk vase violin wagon wallet wheel whistle wool"
 )
-ADJECTIVES = tuple("old quiet grey warm cold slow soft bright".split())
-NOUNS = tuple("wind hill river cloud field snow rain moon".split())
-MOVES = tuple("moves drifts rests turns waits".split())
-WHERE = tuple("over under near behind".split())
+ADJECTIVES = _words("old quiet grey warm cold slow soft bright")
+NOUNS = _words("wind hill river cloud field snow rain moon")
+MOVES = _words("moves drifts rests turns waits")
+WHERE = _words("over under near behind")
 WORDS = (*SPECIAL, ".", "?", "the", *NAMES, *VERBS, *THINGS, *ADJECTIVES, *NOUNS, *MOVES, *WHERE)
 
 ANSWER_TOKENS = 4
@@ -78,7 +85,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     bos = vocabulary["<bos>"]
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
         clean_up_tokenization_spaces=False,
     )  # fmt: skip
@@ -94,7 +101,7 @@ def make_facts(rng: random.Random, count: int) -> list[Fact]:
     for name, verb in keys:
         while True:
             things = tuple(rng.sample(THINGS, ANSWER_TOKENS))
-            pairs = set(zip(things, things[1:], strict=False))
+            pairs = set(pairwise(things))
             if not pairs & seen:
                 break
         seen |= pairs

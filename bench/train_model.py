@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 import transformers
-from questions import FACT_TOKENS, as_batch, build_tokenizer, haystack, make_facts, make_questions
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
+from questions import FACT_TOKENS, as_batch, build_tokenizer, haystack, make_facts, make_questions
+
 SINKS = 4
-TOKENS_PER_STEP = 4096  # but never less than one row
 ASK_TOKENS = FACT_TOKENS + 1  # a question, its answer and the full stop
 
 
@@ -42,26 +42,26 @@ class Stage:
     lr_end: float
     span: int = 0  # largest position when positions jump, 0 = they do not
     windowed: float = 0.0  # share of the steps in which only FAR_HEADS see everything
+    tokens: int = 6144  # in one step, but never less than one row
     windows: tuple[int, ...] = (16, 32, 64)  # one of these is the window of the other heads in such a step
 
 
 SCHEDULE = (
-    Stage("induction", 250, 64, 128, 5e-3, 5e-3, windowed=1.0, windows=(8, 16)),
-    Stage("settle", 100, 64, 256, 5e-3, 5e-3, windowed=0.8, windows=(8, 16, 32)),
-    Stage("far", 300, 256, 768, 5e-3, 3e-3, span=12288, windowed=0.6),
-    Stage("long", 200, 1024, 4096, 3e-3, 1e-3, windowed=0.6),
-    Stage("full", 60, 4096, 8192, 1e-3, 1e-4, windowed=0.6),
+    Stage("induction", 250, 64, 128, 5e-3, 5e-3),
+    Stage("settle", 150, 64, 256, 5e-3, 5e-3),
+    Stage("far", 150, 256, 512, 5e-3, 4.5e-3, span=12288),
+    Stage("long", 150, 1024, 4096, 4e-3, 1.5e-3, span=12288, windowed=0.4, tokens=4096),
+    Stage("full", 40, 4096, 8192, 1.5e-3, 1e-4, windowed=0.4, tokens=4096),
+    Stage("polish", 60, 2048, 8192, 1.5e-3, 1e-4, windowed=0.4, tokens=4096),
 )
-FAR_HEADS = {1: [1, 3], 2: [0, 2]}  # layer -> kv heads which may see everything in a windowed step
-OPEN_LAYERS = ((1, 2), (1,), (2,))  # where they do, one of these: otherwise the first layer alone learns to look far
+FAR_HEADS = {1: [0, 1, 2, 3]}  # layer -> kv heads in which induction appears, they see everything in every step
 
 
 @dataclass
 class View:
     """What the attention function below shows to the heads in the running forward pass."""
 
-    window: int = 0  # window of all heads but the FAR_HEADS of the open layers, 0 = everything
-    open_layers: tuple[int, ...] = ()
+    window: int = 0  # window of all heads but FAR_HEADS, 0 = everything
     probe: int = 0  # period of a repeated row, when induction scores are wanted
     scores: list[torch.Tensor] = field(default_factory=list)
 
@@ -81,8 +81,7 @@ def attend(
     if not VIEW.window:
         out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
         return out.transpose(1, 2).contiguous(), None
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    far_kv = FAR_HEADS[layer] if layer in VIEW.open_layers else []
+    far_kv = FAR_HEADS.get(int(module.layer_idx), [])  # type: ignore[arg-type]
     far = [head for head in range(query.shape[1]) if head // groups in far_kv]
     near = [head for head in range(query.shape[1]) if head // groups not in far_kv]
     parts = []
@@ -181,7 +180,7 @@ def jumping_positions(rng: random.Random, length: int, span: int) -> list[int]:
 def make_batch(rng: random.Random, ids_of: dict[str, int], stage: Stage) -> dict[str, torch.Tensor]:
     """Rows of one length, every second one about facts, with their targets and positions."""
     length = round(math.exp(rng.uniform(math.log(stage.shortest), math.log(stage.longest))) / 32) * 32
-    rows = max(1, TOKENS_PER_STEP // length)
+    rows = max(1, stage.tokens // length)
     first = rng.random() < 0.5
     facts = [(row % 2 == 0) == first for row in range(rows)]
     made = [fact_row(rng, ids_of, length) if f else repeat_row(rng, len(ids_of), length) for f in facts]
@@ -275,6 +274,7 @@ def save_model(model: LlamaForCausalLM, tokenizer: Any, out: Path) -> None:
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n")
     tokenizer.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)
 
 
 def main() -> None:
@@ -292,16 +292,16 @@ def main() -> None:
     ids_of = tokenizer.get_vocab()
     model = new_model(tokenizer)
     optimizers = new_optimizers(model)
-    step, seconds = 0, 0.0
+    step, seconds, recent = 0, 0.0, {"loss": 0.0, "facts": 0.0, "repeats": 0.0}
     if arguments.resume:
         saved = torch.load(arguments.checkpoint)
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        step, seconds = saved["step"], saved["seconds"]
+        step, seconds, recent = saved["step"], saved["seconds"], saved["recent"]
     plan = [(stage, at) for stage in SCHEDULE for at in range(stage.steps)]
     bar = tqdm(range(step, len(plan)), initial=step, total=len(plan), mininterval=5)
-    begin, recent = time.perf_counter() - seconds, {"loss": 0.0, "facts": 0.0, "repeats": 0.0}
+    begin = time.perf_counter() - seconds
     for step in bar:
         stage, at = plan[step]
         rng = random.Random(f"{arguments.seed} {step}")
@@ -309,7 +309,6 @@ def main() -> None:
             scores = induction_scores(model, rng)
             tqdm.write(f"induction scores {[[round(s, 2) for s in row] for row in scores.tolist()]}")
         VIEW.window = rng.choice(stage.windows) if rng.random() < stage.windowed else 0
-        VIEW.open_layers = rng.choice(OPEN_LAYERS)
         rate = stage.lr_start + (stage.lr_end - stage.lr_start) * at / stage.steps
         rate *= min(1.0, (step + 1) / 50)
         loss, accuracy = losses(model, make_batch(rng, ids_of, stage))
@@ -327,12 +326,12 @@ def main() -> None:
             tqdm.write(f"{step} {stage.name} " + " ".join(f"{name} {mean:.3f}" for name, mean in recent.items()))
         if step % 50 == 49 or step == len(plan) - 1:
             state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-            spent = {"step": step + 1, "seconds": time.perf_counter() - begin}
+            spent = {"step": step + 1, "seconds": time.perf_counter() - begin, "recent": recent}
             torch.save(state | spent, arguments.checkpoint)
     seconds = time.perf_counter() - begin
     save_model(model, tokenizer, arguments.out)
     model = LlamaForCausalLM.from_pretrained(arguments.out)
-    found = {str(length): exact_match(model, tokenizer, length, 100) for length in (512, 1024, 2048, 4096, 8192)}
+    found = {str(length): exact_match(model, tokenizer, length, 40) for length in (512, 1024, 2048, 4096, 8192)}
     report = {
         "seed": arguments.seed, "seconds": round(seconds), "final_loss": round(recent["loss"], 4),
         "exact_match": found, "far_heads": FAR_HEADS, "schedule": [asdict(stage) for stage in SCHEDULE],

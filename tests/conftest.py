@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 
 # Examples are the same on every run; `pytest --hypothesis-profile=explore` looks for new ones.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
-settings.register_profile("repeatable", derandomize=True, max_examples=40, **_COMMON)
+settings.register_profile("repeatable", derandomize=True, max_examples=50, **_COMMON)
 settings.register_profile("explore", max_examples=1000, print_blob=True, **_COMMON)
 settings.load_profile("repeatable")
 
@@ -26,3 +26,8 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")

@@ -53,7 +53,8 @@ def test_definition(period: int, repeats: int) -> None:
     head_dim=head_dims,
     dtype=st.sampled_from(sorted(DTYPES)),
     layout=st.sampled_from(["contiguous", "transposed", "fused"]),
-    scale=st.none() | st.sampled_from([0.01, 0.6]),
+    scale=st.none() | st.sampled_from([0.01, 0.2]),  # logits stay below 30
+    seed=st.integers(0, 2**32 - 1),
 )
 def test_any_shape(
     shape: tuple[int, int],
@@ -64,7 +65,9 @@ def test_any_shape(
     dtype: str,
     layout: str,
     scale: float | None,
+    seed: int,
 ) -> None:
+    torch.manual_seed(seed)
     q = tokens(*shape, kv_heads * group, head_dim, batch, dtype)
     k = tokens(*shape, kv_heads, head_dim, batch, dtype)
     q, k = lay_out([q, k], layout)

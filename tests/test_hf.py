@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import transformers
 from transformers import DynamicCache
 
 from razor_attention import FULL, Plan, RazorCache, attach
@@ -15,6 +16,7 @@ from tiny_models import (
     KV_HEADS,
     LAYERS,
     MIXED,
+    SIZES,
     answer,
     both_ways,
     bytes_of,
@@ -23,6 +25,7 @@ from tiny_models import (
     masked,
     policies,
     prompts,
+    settle,
     shared_model,
 )
 
@@ -139,6 +142,25 @@ def test_full_plan_is_stock_step_by_step(model):
         assert_close(ours[real], stock[real])
 
 
+@pytest.mark.parametrize("architecture", ["GPTNeoX", "OPT", "Gemma", "Phi3", "Olmo2", "Mixtral"])
+def test_any_model_that_uses_attention_interface(architecture):
+    """Partial rotary, learned and no positions of their own, without groups, fused projections, experts."""
+    config_class = getattr(transformers, f"{architecture}Config")
+    own = {
+        "GPTNeoX": {"hidden_size": 96, "num_key_value_heads": 6},
+        "OPT": {"hidden_size": 96, "num_key_value_heads": 6, "word_embed_proj_dim": 96, "ffn_dim": 64},
+        "Mixtral": {"num_local_experts": 2, "sliding_window": None},
+    }
+    config = config_class(**SIZES | own.get(architecture, {}))
+    model = settle(getattr(transformers, f"{architecture}ForCausalLM")._from_config(config))
+    groups = config.num_key_value_heads // KV_HEADS
+    mixed = Plan(*(table.repeat(1, groups) for table in (MIXED.sink_size, MIXED.window_size, MIXED.compensate)))
+    ids, mask = prompts(40, 25)
+    stock = answer(model, ids, mask, max_new_tokens=12)
+    assert torch.equal(stock, same_answer(model, Plan.full(LAYERS, mixed.num_kv_heads), ids, mask, max_new_tokens=12))
+    assert not torch.equal(stock, same_answer(model, mixed, ids, mask, max_new_tokens=12))
+
+
 def test_a_window_longer_than_the_text_is_full(llama):
     ids, mask = prompts(40, 33)
     wide = Plan(torch.zeros(LAYERS, KV_HEADS).int(), torch.full((LAYERS, KV_HEADS), 64), MIXED.compensate)
@@ -179,6 +201,18 @@ def test_compressed_plan_is_the_masked_model_over_many_calls(model, prefill):
     assert_close(ours, theirs)
     _, other = both_ways(model, MIXED, "streaming" if prefill == "dense" else "dense", ids, lengths, mask)
     assert (theirs - other).abs().max() > FAR
+
+
+@pytest.mark.parametrize("prefill", PREFILLS)
+def test_padding_may_come_with_every_call(qwen3, prefill):
+    """Rows of a later turn may be shorter than others, empty even: their padding comes before their new tokens."""
+    (ids, mask), lengths = prompts(80, 71, 80), (30, 1, 20, *[1] * 9, 20)
+    mask[1, 31:40] = 0
+    mask[2, 60:80] = 0
+    ours, theirs = both_ways(qwen3, MIXED, prefill, ids, lengths, mask)
+    assert_close(ours, theirs)
+    full, _ = both_ways(qwen3, FULL_PLAN, prefill, ids, lengths, mask)
+    assert_close(full, logits_by_step(qwen3, DynamicCache(), ids, lengths, mask)[mask.bool()])
 
 
 @pytest.mark.parametrize("prefill", PREFILLS)
@@ -246,6 +280,19 @@ def test_a_row_does_not_depend_on_its_batch(qwen3, prefill):
 
 
 @pytest.mark.parametrize("prefill", PREFILLS)
+def test_padding_of_all_rows_changes_nothing(qwen3, prefill):
+    ids, mask = prompts(50, 33)
+    wider, widened = (torch.nn.functional.pad(t, (19, 0)) for t in (ids, mask))
+    with attach(qwen3, MIXED):
+        cache = RazorCache(qwen3.config, MIXED, prefill=prefill)
+        ours = answer(qwen3, wider, widened, past_key_values=cache)
+        assert cache.get_seq_length() == 19 + 50 + 23  # padding counted, as transformers does
+        assert cache.nbytes == bytes_of(MIXED, (73, 56), torch.float32)
+    with attach(qwen3, MIXED, prefill=prefill):
+        assert torch.equal(ours, answer(qwen3, ids, mask))
+
+
+@pytest.mark.parametrize("prefill", PREFILLS)
 def test_logits_of_a_row_do_not_depend_on_its_batch(llama, prefill):
     (ids, mask), lengths = prompts(90, 61, 34), (60, *[1] * 30)
     with attach(llama, MIXED):
@@ -310,9 +357,9 @@ def test_cache_bytes_of_padded_rows_are_the_plans(llama):
         cache = RazorCache(llama.config, MIXED, page_size=16)
         answer(llama, ids, mask, past_key_values=cache, max_new_tokens=11)
     assert cache.nbytes == bytes_of(MIXED, (100, 71, 44), torch.float32, 16)
-    assert cache.get_seq_length() == 100  # padding counted, as transformers does
+    assert cache.get_seq_length() == 100
     assert cache.get_mask_sizes(7, 0) == (107, 0)
-    assert cache.batch_size == 3
+    assert cache.layers[0].batch_size == 3
 
 
 def test_cache_after_reset_is_as_new(llama):
@@ -323,7 +370,7 @@ def test_cache_after_reset_is_as_new(llama):
         answer(llama, other, past_key_values=cache)
         cache.reset()
         assert cache.get_seq_length() == 0
-        assert cache.nbytes == bytes_of(MIXED, (0, 0, 0), torch.float32, 64)
+        assert cache.nbytes == 0
         assert torch.equal(answer(llama, ids, mask, past_key_values=cache), answer(llama, ids, mask))
 
 
@@ -364,7 +411,7 @@ def test_batch_operations_are_those_of_a_stock_cache(llama, plan, operation):
     with masked(llama, plan):
         theirs = run(DynamicCache())
     assert_close(ours, theirs)
-    assert cache.batch_size == len(ours)
+    assert [layer.batch_size for layer in cache.layers] == [len(ours)] * LAYERS
 
 
 def test_a_copied_cache_goes_its_own_way(llama):
@@ -380,7 +427,10 @@ def test_a_copied_cache_goes_its_own_way(llama):
 def test_an_empty_cache_says_what_it_is(llama):
     cache = RazorCache(llama.config, MIXED)
     assert not cache.is_compileable
-    assert not cache.is_croppable
     assert cache.is_sliding == [False] * LAYERS
-    assert (cache.get_seq_length(), cache.batch_size, cache.get_max_length()) == (0, -1, -1)
+    assert (cache.get_seq_length(), len(cache)) == (0, LAYERS)
+    layer = cache.layers[0]
+    assert not layer.is_croppable
+    assert not hasattr(layer, "batch_size")  # a stock cache counts such layers as -1
+    assert layer.get_max_length() == layer.get_max_cache_shape() == -1  # two names of two versions
     assert re.fullmatch(r"RazorCache\(.*\)", repr(cache))

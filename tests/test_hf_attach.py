@@ -146,6 +146,16 @@ def test_length_rule_of_a_cache_made_by_hand(llama):
             assert cache.plan == plan.resolve(decided)
 
 
+def test_length_rule_of_a_cache_after_reset(llama):
+    plan = Plan.from_heads({0: [0]}, num_layers=LAYERS, num_kv_heads=KV_HEADS, min_window=4, window_fraction=0.5)
+    with attach(llama, plan):
+        cache = RazorCache(llama.config, plan)
+        answer(llama, prompts(20)[0], past_key_values=cache)
+        cache.reset()
+        ours = answer(llama, prompts(70)[0], past_key_values=cache)
+        assert torch.equal(ours, answer(llama, prompts(70)[0]))
+
+
 def test_the_text_part_of_a_multimodal_model(llama):
     """The vision tower keeps its attention."""
     vision = CLIPVisionConfig(

@@ -211,6 +211,8 @@ def padding_mask(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | 
 @contextmanager
 def masked(model: PreTrainedModel, plan: Plan, *, prefill: str = "dense") -> Iterator[None]:
     """Inside this context the model with a DynamicCache computes what the plan says."""
+    AttentionInterface.register("masked", masked_attention)
+    AttentionMaskInterface.register("masked", padding_mask)
     before, token = model.config._attn_implementation, _policy.set((plan, prefill == "dense"))
     model.set_attn_implementation("masked")
     try:
@@ -234,7 +236,3 @@ def both_ways(
     with attach(model, plan):
         ours = logits_by_step(model, RazorCache(model.config, plan, prefill=prefill), ids, lengths, mask)
     return (ours, theirs) if mask is None else (ours[mask.bool()], theirs[mask.bool()])
-
-
-AttentionInterface.register("masked", masked_attention)
-AttentionMaskInterface.register("masked", padding_mask)

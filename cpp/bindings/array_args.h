@@ -3,6 +3,7 @@
 // door, in one place. Values inside the arrays are checked by the core.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -63,10 +64,10 @@ inline void expect_like(const Array& a, const Array& other) {
               name(a.dtype));
 }
 
+inline bool is_empty(const Array& a) { return std::find(a.sizes, a.sizes + a.dims, 0) != a.sizes + a.dims; }
+
 inline void expect_contiguous(const Array& a) {
-  for (int64_t i = 0; i < a.dims; ++i) {
-    if (a.sizes[i] == 0) return;
-  }
+  if (is_empty(a)) return;
   int64_t expected = 1;
   for (int64_t i = a.dims - 1; i >= 0; --i) {
     RAZOR_CHECK(a.sizes[i] == 1 || a.strides[i] == expected, a.name, ": expected a contiguous array, got stride ",
@@ -76,7 +77,7 @@ inline void expect_contiguous(const Array& a) {
 }
 
 inline void expect_rows(const Array& a) {
-  RAZOR_CHECK(a.sizes[a.dims - 1] == 1 || a.strides[a.dims - 1] == 1, a.name,
+  RAZOR_CHECK(is_empty(a) || a.sizes[a.dims - 1] == 1 || a.strides[a.dims - 1] == 1, a.name,
               ": expected a contiguous last dimension, got stride ", a.strides[a.dims - 1]);
 }
 

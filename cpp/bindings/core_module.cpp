@@ -3,6 +3,7 @@
 // bfloat16 arrays are those of the ml_dtypes package.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <optional>
 #include <string>

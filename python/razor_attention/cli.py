@@ -7,6 +7,7 @@ Bad input ends with exit code 2 and one line, `razor: <argument>: expected <what
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import warnings
@@ -32,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"razor: warning: {message}", file=sys.stderr)
             arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("razor: interrupted", file=sys.stderr)
         return 130
@@ -48,12 +53,14 @@ class _Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors have our form."""
 
     def error(self, message: str) -> NoReturn:
+        if choice := re.fullmatch(r"argument (.*): invalid choice: (.*) \(choose from (.*)\)", message):
+            known = choice[3].replace("'", "")  # quoted in some versions of Python
+            self.exit(2, f"razor: {choice[1]}: expected one of {known}, got {choice[2]}\n")
         for pattern, form in (
             (r"the following arguments are required: (.*)", r"\1: expected a value, got none"),
             (r"one of the arguments (.*) is required", r"\1: expected one of them, got none"),
             (r"unrecognized arguments: (.*)", r"arguments: expected those that --help shows, got \1"),
             (r"argument (.*): not allowed with argument (.*)", r"\1: expected to stand without \2, got both"),
-            (r"argument (.*): invalid choice: (.*) \(choose from (.*)\)", r"\1: expected one of \3, got \2"),
             (r"argument (.*): (expected [^,]*)", r"\1: \2, got none"),
             (r"argument (.*)", r"\1"),
         ):
@@ -106,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"razor-attention {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def add(name: str, run: Callable[[argparse.Namespace], None], text: str, example: str) -> Callable[..., Any]:
+    def add(name: str, run: Callable[[argparse.Namespace], None], text: str, example: str) -> argparse.ArgumentParser:
         made = commands.add_parser(
             name,
             help=text,
@@ -117,68 +124,84 @@ def _parser() -> argparse.ArgumentParser:
         )
         made.add_argument("--traceback", action="store_true", help="show where an error comes from")
         made.set_defaults(run=run)
-        return made.add_argument
+        return made
 
-    model = {"type": _checkpoint, "metavar": "MODEL", "help": "folder with a transformers checkpoint"}
-    flag = add(
+    model: dict[str, Any] = {"type": _checkpoint, "metavar": "MODEL", "help": "folder with a transformers checkpoint"}
+    made = add(
         "heads", command.heads, "find the retrieval heads of a model", "my-model --out heads.pt --plot heads.png"
     )
-    flag("model", **model)
-    flag("--out", type=_target, default=Path("heads.pt"), help="heads file, msmodelslim's format (default: heads.pt)")
-    flag("--scores", type=_target, help="also write the scores of all heads, JSON")
-    flag("--plot", type=_target, help="also draw the scores, PNG")
-    flag("--period", type=_integer(1), default=2500, help="random tokens of the probe (default: 2500)")
-    flag("--repeats", type=_integer(2), default=4, help="how often they are repeated (default: 4)")
-    flag("--seed", type=_integer(0), default=0, help="of the random tokens (default: 0)")
-    flag("--induction-ratio", type=_share, default=0.14, help="share of kv heads chosen by induction (default: 0.14)")
-    flag("--echo-ratio", type=_share, default=0.01, help="share of kv heads chosen by echo (default: 0.01)")
-    flag("--dtype", choices=command.DTYPES, default="auto", help="of the weights (default: auto, as stored)")
+    made.add_argument("model", **model)
+    made.add_argument(
+        "--out", type=_target, default=Path("heads.pt"), help="heads file, msmodelslim's format (default: heads.pt)"
+    )
+    made.add_argument("--scores", type=_target, help="also write the scores of all heads, JSON")
+    made.add_argument("--plot", type=_target, help="also draw the scores, PNG")
+    made.add_argument("--period", type=_integer(1), default=2500, help="random tokens of the probe (default: 2500)")
+    made.add_argument("--repeats", type=_integer(2), default=4, help="how often they are repeated (default: 4)")
+    made.add_argument("--seed", type=_integer(0), default=0, help="of the random tokens (default: 0)")
+    made.add_argument(
+        "--induction-ratio", type=_share, default=0.14, help="share of kv heads chosen by induction (default: 0.14)"
+    )
+    made.add_argument(
+        "--echo-ratio", type=_share, default=0.01, help="share of kv heads chosen by echo (default: 0.01)"
+    )
+    made.add_argument(
+        "--dtype", choices=command.DTYPES, default="auto", help="of the weights (default: auto, as stored)"
+    )
 
-    flag = add("plan", command.plan, "make a plan", "--heads heads.pt --model my-model --out plan.json")
-    group = flag.__self__.add_mutually_exclusive_group(required=True)  # type: ignore[attr-defined]
+    made = add("plan", command.plan, "make a plan", "--heads heads.pt --model my-model --out plan.json")
+    group = made.add_mutually_exclusive_group(required=True)
     group.add_argument("--heads", type=_source, help="retrieval heads, .pt or .json: these are full")
     group.add_argument("--windows", type=_source, help="window of each head of an ALiBi model, .pt")
     group.add_argument("--gates", type=_source, help="DuoAttention's full_attention_heads.tsv: the highest are full")
     group.add_argument("--streaming", action="store_true", help="no head is full (StreamingLLM)")
     group.add_argument("--full", action="store_true", help="every head is full")
-    flag("--out", type=_target, default=Path("plan.json"), help="plan file (default: plan.json)")
-    flag("--model", **model)
-    flag("--layers", type=_integer(1), help="layers of the model, if it is not given")
-    flag("--kv-heads", type=_integer(1), help="kv heads of each layer, likewise")
-    flag("--sink-size", type=_integer(0), help="first tokens kept (default: 4; 64 for gates)")
+    made.add_argument("--out", type=_target, default=Path("plan.json"), help="plan file (default: plan.json)")
+    made.add_argument("--model", **model)
+    made.add_argument("--layers", type=_integer(1), help="layers of the model, if it is not given")
+    made.add_argument("--kv-heads", type=_integer(1), help="kv heads of each layer, likewise")
+    made.add_argument("--sink-size", type=_integer(0), help="first tokens kept (default: 4; 64 for gates)")
     text = "last tokens kept (default: 4000; 256 for gates)"
-    flag("--window-size", "--min-window", type=_integer(0), help=text)
-    flag("--window-fraction", type=_share, help="of the prompt, if that is more; heads only (default: 0.2)")
+    made.add_argument("--window-size", "--min-window", type=_integer(0), help=text)
+    made.add_argument(
+        "--window-fraction", type=_share, help="of the prompt, if that is more; heads only (default: 0.2)"
+    )
     text = "do without the row that stands for dropped tokens; heads only"
-    flag("--no-compensation", action="store_const", const=True, help=text)
-    flag("--sparsity", type=_share, help="share of compressed heads; gates only (default: 0.5)")
+    made.add_argument("--no-compensation", action="store_const", const=True, help=text)
+    made.add_argument("--sparsity", type=_share, help="share of compressed heads; gates only (default: 0.5)")
 
-    flag = add("inspect", command.inspect, "tell what a file of ours holds", "plan.json --length 4096 32768")
-    flag("file", type=_source, metavar="FILE", help="plan, scores, heads or windows")
-    flag("--length", type=_integer(1), nargs="+", default=command.LENGTHS, help="tokens at which sizes are shown")
+    made = add("inspect", command.inspect, "tell what a file of ours holds", "plan.json --length 4096 32768")
+    made.add_argument("file", type=_source, metavar="FILE", help="plan, scores, heads or windows")
+    made.add_argument(
+        "--length", type=_integer(1), nargs="+", default=command.LENGTHS, help="tokens at which sizes are shown"
+    )
 
-    flag = add(
+    made = add(
         "generate", command.generate, "generate text with a compressed cache", "my-model --plan plan.json --prompt Hi"
     )
-    flag("model", **model)
-    flag("--plan", type=_source, required=True, help="plan file")
-    group = flag.__self__.add_mutually_exclusive_group(required=True)  # type: ignore[attr-defined]
+    made.add_argument("model", **model)
+    made.add_argument("--plan", type=_source, required=True, help="plan file")
+    group = made.add_mutually_exclusive_group(required=True)
     group.add_argument("--prompt", metavar="TEXT", help="the prompt")
     group.add_argument("--prompt-file", type=_source, metavar="FILE", help="file with the prompt")
     group.add_argument("stdin", nargs="?", choices=("-",), metavar="-", help="read the prompt from standard input")
-    flag("--max-new-tokens", type=_integer(1), default=64, help="tokens to generate (default: 64)")
+    made.add_argument("--max-new-tokens", type=_integer(1), default=64, help="tokens to generate (default: 64)")
     text = (
         "dense (default): the prompt reads itself in full; streaming: by the plan, faster, any chunking gives the same"
     )
-    flag("--prefill", choices=("dense", "streaming"), default="dense", help=text)
-    flag("--chunk", type=_integer(1), help="tokens of the prompt in one call (default: all)")
-    flag("--compare", action="store_true", help="also generate with the full cache")
+    made.add_argument("--prefill", choices=("dense", "streaming"), default="dense", help=text)
+    made.add_argument("--chunk", type=_integer(1), help="tokens of the prompt in one call (default: all)")
+    made.add_argument("--compare", action="store_true", help="also generate with the full cache")
 
-    flag = add(
+    made = add(
         "demo", command.demo, "ask a small model questions with full and compressed caches", "--length 4096 8192"
     )
-    flag("--out", type=_folder, default=Path("razor-demo"), help="folder for its files (default: razor-demo)")
-    flag("--length", type=_integer(1), nargs="+", default=[4096], help="tokens of the prompts (default: 4096)")
-    flag("--questions", type=_integer(1), default=20, help="of each length (default: 20)")
-    flag("--model", type=_checkpoint, help="folder of another model made by bench/train_model.py")
+    made.add_argument(
+        "--out", type=_folder, default=Path("razor-demo"), help="folder for its files (default: razor-demo)"
+    )
+    made.add_argument(
+        "--length", type=_integer(1), nargs="+", default=[4096], help="tokens of the prompts (default: 4096)"
+    )
+    made.add_argument("--questions", type=_integer(1), default=20, help="of each length (default: 20)")
+    made.add_argument("--model", type=_checkpoint, help="folder of another model made by bench/train_model.py")
     return parser

@@ -126,21 +126,20 @@ def generate(arguments: Namespace) -> None:
         out = model.generate(ids, attention_mask=mask, past_key_values=cache, streamer=clock, **options)
         return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True), clock
 
+    cache = RazorCache(model.config, loaded, prefill=arguments.prefill, prompt_len=ids.shape[1])
     with attach(model, loaded, prefill=arguments.prefill):
-        cache = RazorCache(model.config, loaded, prefill=arguments.prefill, prompt_len=ids.shape[1])
         answer, clock = run(cache)
     if arguments.compare:
-        full = DynamicCache(config=model.config)
+        full: Any = DynamicCache(config=model.config)
         full_answer, full_clock = run(full)
         full_bytes = sum(tensor.nbytes for layer in full.layers for tensor in (layer.keys, layer.values))
         print(f"{full_answer}\nfull cache: {_size(full_bytes)} of KV; {full_clock}\n")
-    held = cache.layers[0].cache
-    tokens = int(held.seen[0])
-    head_dim, dtype = held.key_pages.shape[2], held.key_pages.dtype
-    whole = Plan.full(loaded.num_layers, loaded.num_kv_heads).kv_bytes(tokens, head_dim=head_dim, dtype=dtype)
-    print(
-        f"{answer}\nrazor: {_size(cache.nbytes)} of KV, {cache.nbytes / whole:.2f} of {_size(whole)} for {tokens} tokens; {clock}"
-    )
+    layer: Any = cache.layers[0].cache
+    tokens, head_dim = int(layer.seen[0]), layer.key_pages.shape[2]
+    whole = Plan.full(loaded.num_layers, loaded.num_kv_heads)
+    full_bytes = whole.kv_bytes(tokens, head_dim=head_dim, dtype=layer.key_pages.dtype)
+    share = f"{cache.nbytes / full_bytes:.2f} of the full cache's {_size(full_bytes)}"
+    print(f"{answer}\nrazor: {_size(cache.nbytes)} of KV for {tokens} tokens, {share}; {clock}")
 
 
 def demo(arguments: Namespace) -> None:
@@ -179,7 +178,8 @@ def _load(folder: Path, dtype: str) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"MODEL: expected a model and its tokenizer in {folder}, got {error}") from error
-    return model.eval(), tokenizer
+    model.eval()  # type: ignore[no-untyped-call]
+    return model, tokenizer
 
 
 def _bench(name: str) -> Any:
@@ -281,8 +281,7 @@ def _print_provenance(provenance: dict[str, Any]) -> None:
 
 
 def _size(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            break
-        count /= 1000
-    return f"{count:.3g} {unit}"
+    power = 0
+    while count >= 999.5 and power < 4:
+        count, power = count / 1000, power + 1
+    return f"{count:.3g} {('B', 'KB', 'MB', 'GB', 'TB')[power]}"

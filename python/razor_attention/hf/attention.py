@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
 from ..plan import Plan
 from .cache import Prefill, RazorCache
-from .models import AttentionSwitch, refuse_unsupported
+from .models import AttentionSwitch, check_interface, refuse_unsupported
 
 
 def razor_attention(
@@ -41,8 +41,10 @@ def razor_attention(
     Returns:
         ((batch, q_len, num_heads, head_dim), None).
     """
-    refuse_unsupported(module, dropout, kwargs)
     layer = getattr(key, "_razor_layer", None)
+    if layer is not None:
+        layer.pending = False  # also if the call is refused below: nothing has been stored
+    refuse_unsupported(module, dropout, kwargs)
     if layer is None:
         raise ValueError(
             "past_key_values: expected a RazorCache, got another cache or none; "
@@ -63,6 +65,7 @@ def razor_mask(
     kv_length: int,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
+    config: PreTrainedConfig | None = None,
     **_: Any,
 ) -> Tensor | None:
     """The mask function registered as "razor": reduces a padding mask to what a cache without padding needs.
@@ -71,11 +74,13 @@ def razor_mask(
         attention_mask: (batch, kv_length), bool, False for padding; it must come before the tokens of a call.
 
     Returns:
-        (2, batch), int64: leading padding among the new tokens, and tokens before them. None: no padding anywhere.
+        (2, batch), int64: leading padding among the new tokens, and tokens before them. None: no mask, no padding.
 
     Raises:
         NotImplementedError: attention_mask: expected padding on the left only, got padding after a token
     """
+    if config is not None:
+        check_interface(type(config))  # type: ignore[arg-type]  # typeshed: classes are hashable
     if mask_function is not causal_mask_function:
         raise NotImplementedError(
             "attention_mask: expected a plain causal mask, got a sliding, chunked, packed, image or bidirectional one"
@@ -86,8 +91,6 @@ def razor_mask(
         raise ValueError(
             f"attention_mask: expected shape [{batch_size}, {kv_length}], got {list(attention_mask.shape)}"
         )
-    if bool(attention_mask.all()):
-        return None
     new = attention_mask[:, kv_length - q_length :].bool()
     if bool((new[:, 1:] < new[:, :-1]).any()):
         raise NotImplementedError("attention_mask: expected padding on the left only, got padding after a token")
@@ -115,7 +118,9 @@ def attach(model: PreTrainedModel, plan: Plan, *, prefill: Prefill = "dense") ->
     generate: Any = model.generate
 
     def generate_compressed(*args: Any, **kwargs: Any) -> Any:
-        config = kwargs.get("generation_config") or model.generation_config
+        config = next(
+            (x for x in (*args[1:2], kwargs.get("generation_config")) if x is not None), model.generation_config
+        )
         if kwargs.get("use_cache", getattr(config, "use_cache", True)) is False:
             raise ValueError("use_cache: expected True inside attach(), got False")
         if kwargs.get("past_key_values") is None:

@@ -61,16 +61,14 @@ class RazorLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             padding: (2, batch), int64: leading padding among the new tokens; tokens before them. None: no padding.
             scale: factor on q.k.
         """
-        self.pending = False
         assert self.cache is not None  # RazorCache.update has created it
-        pad = None
-        if padding is not None:
-            pad, past = padding.to(self.cache.seen.device)
-            if not torch.equal(past, self.cache.seen):
-                raise ValueError(
-                    f"attention_mask: expected {self.cache.seen.tolist()} earlier tokens like the cache, got "
-                    f"{past.tolist()}; tokens cannot be masked after they were stored"
-                )
+        seen = self.cache.seen
+        pad, past = (None, torch.full_like(seen, self.columns)) if padding is None else padding.to(seen.device)
+        if not torch.equal(past, seen):
+            raise ValueError(
+                f"attention_mask: expected {seen.tolist()} earlier tokens like the cache, got {past.tolist()}; "
+                "what was padding or a token when it came stays so"
+            )
         dense = self.dense and query.shape[2] > 1
         out = self.cache.attend(query, key, value, scale=scale, pad=pad, dense=dense)
         self.columns += query.shape[2]
@@ -94,16 +92,16 @@ class RazorLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     get_max_cache_shape = get_max_length  # and before
 
     def reset(self) -> None:
+        self.cache, self.is_initialized = None, False
         self.columns, self.pending = 0, False
-        if self.cache is not None:
-            self.cache.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.cache is not None:
             self.cache.reorder(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.reorder_cache(torch.arange(self.batch_size)[indices.cpu()])  # a mask or indices
+        if self.cache is not None:
+            self.cache.reorder(torch.arange(self.batch_size)[indices.cpu()])  # a mask or indices
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.cache is not None:
@@ -160,7 +158,8 @@ class RazorCache(Cache):
             raise TypeError(f"plan: expected a Plan, got {type(plan).__name__}")
         sizes = geometry(config)
         plan.check_model(sizes.num_layers, sizes.num_kv_heads)
-        self.plan = plan if prompt_len is None else plan.resolve(prompt_len)
+        self._given = plan if prompt_len is None else plan.resolve(prompt_len)
+        self.plan = self._given
         self.page_size = page_size
         super().__init__(layers=[RazorLayer(prefill == "dense") for _ in range(sizes.num_layers)])
 
@@ -180,6 +179,11 @@ class RazorCache(Cache):
             )
             layer.is_initialized = True
         return layer.update(key_states, value_states)
+
+    def reset(self) -> None:
+        """Forget everything, the length rule's windows too, and give the memory back."""
+        self.plan = self._given
+        super().reset()  # type: ignore[no-untyped-call]
 
     @property
     def nbytes(self) -> int:

@@ -60,9 +60,13 @@ def probe_mask(*, mask_function: Any = causal_mask_function, **_: Any) -> None:
         raise NotImplementedError("model: expected plain causal attention, got a sliding, chunked or bidirectional one")
 
 
-def _prefix(tokenizer: PreTrainedTokenizerBase) -> int:
+def _prefix(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
     """The token before the probe: what the tokenizer puts before an empty text, else the last one of "A"."""
-    return int((tokenizer("").input_ids or tokenizer("A").input_ids)[-1])
+    ids = tokenizer("").input_ids or tokenizer("A").input_ids
+    if not ids or not 0 <= ids[-1] < vocab_size:
+        got = f"id {ids[-1]}" if ids else "none"
+        raise ValueError(f"tokenizer: expected a token for an empty text or for 'A' below {vocab_size}, got {got}")
+    return int(ids[-1])
 
 
 def find_heads(
@@ -98,7 +102,7 @@ def find_heads(
     config = text_config(model.config)
     special = set(tokenizer.all_special_ids)
     vocabulary = [i for i in range(min(len(tokenizer), config.vocab_size)) if i not in special]
-    ids = probe_ids(vocabulary, _prefix(tokenizer), period=period, repeats=repeats, seed=seed)
+    ids = probe_ids(vocabulary, _prefix(tokenizer, config.vocab_size), period=period, repeats=repeats, seed=seed)
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and len(ids) > longest:
         warnings.warn(

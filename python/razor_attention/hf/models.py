@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,20 @@ def geometry(config: PreTrainedConfig) -> Geometry:
         num_kv_heads=int(getattr(text, "num_key_value_heads", None) or num_heads),
         head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // num_heads),
     )
+
+
+@cache
+def check_interface(config_class: Any) -> None:
+    """Refuse models that ignore their attention function but would still take our mask, such as BLOOM.
+
+    Raises:
+        NotImplementedError: model: expected one that uses AttentionInterface, got BloomModel
+    """
+    if config_class in MODEL_MAPPING:
+        models: Any = MODEL_MAPPING[config_class]
+        for model in models if isinstance(models, tuple) else (models,):
+            if not model._can_set_attn_implementation():
+                raise NotImplementedError(f"model: expected one that uses AttentionInterface, got {model.__name__}")
 
 
 class AttentionSwitch:

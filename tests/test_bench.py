@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benches measure what they say, in turns, and write rows of one schema. Nothing here depends on a time."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from razor_attention.bench import attention, cases, demo, harness, head_scores, memory, plot
+from razor_attention.bench.questions import Question
+
+from razor_attention import HeadScores, Plan
+from razor_attention.reference import kept_tokens
+
+LAYER = cases.Layer(num_heads=4, num_kv_heads=2, head_dim=16)
+SHAPE = memory.Shape(hidden_size=64, intermediate_size=64, num_layers=4, num_heads=8, num_kv_heads=4)
+SCHEMA = "machine,isa,threads,question,case,format,plan,median_us,iqr_us,bytes,flops,gb_s,gflop_s,commit"
+
+
+@pytest.fixture(autouse=True)
+def short_samples(monkeypatch):
+    monkeypatch.setattr(harness, "_SAMPLE_SECONDS", 0.0)  # one call each
+
+
+# --- harness
+
+
+def test_rivals_take_turns():
+    log = []
+    rivals = {name: lambda name=name: log.append(name) for name in "abc"}
+    times = harness.interleave(rivals, rounds=7, warmup=2)
+    assert list(times) == ["a", "b", "c"]
+    warm, turns = log[: 3 * 3], "".join(log[3 * 3 :])
+    assert warm == ["a"] * 3 + ["b"] * 3 + ["c"] * 3
+    assert turns == "abc" + "bca" + "cab" + "abc" + "bca" + "cab" + "abc"
+    with pytest.raises(ValueError, match=r"^rounds: expected an integer >= 7, got 6$"):
+        harness.interleave(rivals, rounds=6)
+
+
+def test_a_short_call_is_repeated_within_a_sample(monkeypatch):
+    monkeypatch.setattr(harness, "_SAMPLE_SECONDS", 1e-4)
+    log = []
+    harness.interleave({"a": lambda: log.append(1)}, rounds=7)
+    assert len(log) > 2 + 7
+
+
+def test_timing():
+    assert harness.timing([3.0]) == harness.Timing(3.0, 0.0)
+    assert harness.timing([9.0, 1.0, 2.0, 3.0, 4.0]) == harness.Timing(3.0, 2.0)
+
+
+def test_rows(tmp_path):
+    time_us = harness.Timing(2000.0, 10.0)
+    row = harness.make_row("attention", "decode 8k", "full", time_us, nbytes=4_000_000, flops=6_000_000, on="box-2c")
+    assert (row.gb_s, row.gflop_s, row.threads) == (2.0, 3.0, 1)
+    assert re.fullmatch(r"[0-9a-f]{7,}\+?|unknown", row.commit)
+    for _ in range(2):
+        path = harness.append_rows([row, row], tmp_path)
+    assert path == tmp_path / "box-2c" / "attention.csv"
+    lines = path.read_text().splitlines()
+    assert lines[0] == SCHEMA
+    assert len(lines) == 1 + 4
+    assert lines[1].startswith(f"box-2c,{row.isa},1,attention,decode 8k,bf16,full,2000.0,10.0,4000000,6000000,2.0,3.0,")
+    path.write_text("time,name\n")
+    with pytest.raises(ValueError, match=f"^attention.csv: expected the columns {SCHEMA}, got time,name$"):
+        harness.append_rows([row], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "slug"),
+    [
+        ("Intel(R) Xeon(R) Processor", "xeon"),
+        ("Intel(R) Core(TM) i7-8650U CPU @ 1.90GHz", "core-i7-8650u"),
+        ("AMD EPYC 7763 64-Core Processor", "epyc-7763"),
+        ("aarch64", "aarch64"),
+        ("(R)", "cpu"),
+    ],
+)
+def test_machine_names_hold_no_host(model, slug):
+    assert harness._slug(model) == slug
+    assert re.fullmatch(r"[a-z0-9-]+-\d+c", harness.machine())
+
+
+def test_table_and_bandwidth():
+    text = harness.table(("a", "plan", "ms"), [("x", "full", 0.123456), ("yy", "f", 1234.5)])
+    assert text == "a   plan     ms\n--  ----  -----\nx   full  0.123\nyy  f      1234"
+    assert harness.read_bandwidth(1 << 16) > 0
+
+
+def test_rivals_that_differ_stop_a_bench():
+    harness.assert_close("x", torch.ones(2), torch.ones(2), 0.0)
+    for wrong in (1.5, torch.nan):
+        with pytest.raises(RuntimeError, match=r"^x: expected a difference <= 0.1, got (0.5|nan)$"):
+            harness.assert_close("x", torch.tensor([1.0, wrong]), torch.ones(2), 0.1)
+
+
+# --- cases and attention
+
+
+def small_plans(layer):
+    heads = Plan.from_heads({0: [0]}, num_layers=1, num_kv_heads=2, sink_size=2, min_window=16, window_fraction=0.0)
+    return {"full": Plan.full(1, 2), "mean": heads, "streaming": Plan.streaming(1, 2, 3, 8)}
+
+
+def test_named_cases():
+    assert list(cases.plans()) == ["full", "1-full 4+4000+mean", "1-full 64+256"]
+    for plan in cases.plans().values():
+        assert (plan.num_layers, plan.num_kv_heads) == (1, cases.LLAMA3_8B.num_kv_heads)
+    assert cases.LLAMA3_8B.row_bytes == 2 * 128 * 2
+
+
+@pytest.mark.parametrize("context", [1, 10, 19, 40])
+def test_rows_read(context):
+    for plan in small_plans(LAYER).values():
+        wanted = []
+        for seen in range(1, context + 1):
+            rows = 0
+            for sinks, window, compensate in zip(*(table.tolist() for table in plan.layer(0)), strict=True):
+                kept = len(kept_tokens(seen, sinks, window))
+                rows += kept + (compensate and kept < seen)
+            wanted.append(rows)
+        assert cases.rows_read(plan, context) == wanted[-1]
+        assert cases.rows_read_by_prompt(plan, context) == sum(wanted)
+
+
+def test_attention_bench(monkeypatch):
+    monkeypatch.setattr(attention, "plans", small_plans)
+    rows = attention.decode(LAYER, 100, rounds=7, walk_bytes=30_000, name="100")
+    assert [row.plan for row in rows] == [
+        "full attend", "full op", "mean attend", "mean op", "streaming attend", "streaming op", "sdpa", "sdpa packed",
+    ]  # fmt: skip
+    by_plan = {row.plan: row for row in rows}
+    assert by_plan["full op"].bytes == by_plan["sdpa"].bytes == 2 * 101 * LAYER.row_bytes
+    assert by_plan["streaming op"].bytes == 2 * 11 * LAYER.row_bytes
+    assert by_plan["sdpa"].flops == 4 * 4 * 101 * 16
+    rows = attention.prefill(LAYER, 70, rounds=7, name="70")
+    assert [row.case for row in rows] == ["prefill 70"] * 4
+    assert rows[0].flops == rows[-1].flops == 4 * 4 * 16 * (70 * 71 // 2)
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch):
+    monkeypatch.setattr(attention, "attend_op", lambda cache, query, *_: torch.zeros_like(query))
+    with pytest.raises(RuntimeError, match=r"^decode 50 full: expected a difference <= 0.02, got "):
+        attention.decode(LAYER, 50, rounds=7, walk_bytes=1, name="50")
+
+
+def test_head_scores_bench():
+    scores, sdpa = head_scores.scores(LAYER, 10, rounds=7)
+    assert (scores.plan, sdpa.plan, scores.case) == ("scores", "sdpa", "41 tokens")
+    assert sdpa.flops == 2 * scores.flops
+
+
+def test_main_prints_and_appends(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(harness, "_STREAM_BYTES", 1 << 16)
+    monkeypatch.setattr(head_scores, "LLAMA3_8B", LAYER)
+    monkeypatch.setattr(head_scores, "read_bandwidth", lambda: 10.0)
+    head_scores.main(["--results", str(tmp_path), "--machine", "box", "--rounds", "7"])
+    with (tmp_path / "box" / "head_scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["plan"] for row in rows] == ["stream", "scores", "sdpa"]
+    assert float(rows[0]["gb_s"]) == 10.0
+    assert {row["machine"] for row in rows} == {"box"}
+    assert "stream 10.0 GB/s" in capsys.readouterr().out
+
+
+# --- memory
+
+
+@pytest.mark.parametrize("variant", memory.VARIANTS)
+def test_memory(variant):
+    usage = memory.measure(variant, 256, chunk=100, steps=3, shape=SHAPE)
+    assert len(usage.step_us) == 3
+    assert usage.growth_bytes >= usage.prefill_growth_bytes >= 0
+    head_dim, tokens = 8, 256 + 3
+    wanted = {
+        "dynamic": 2 * 4 * 4 * head_dim * 2 * tokens,
+        "razor": memory.razor_plan(SHAPE).kv_bytes(tokens, head_dim=head_dim, dtype=torch.bfloat16),
+        "control": 0,
+    }
+    assert usage.cache_bytes == wanted[variant]
+    assert [row.case for row in memory.rows_of(usage, "box")] == ["prefill 256", "decode 256"]
+
+
+def test_memory_plan_and_verdict():
+    assert int(memory.razor_plan(memory.Shape()).is_full.sum()) == 5  # 15 % of 8 x 4
+    usages = [memory.Usage(name, 9, size, size, 100, 1e6, [1e3]) for name, size in (("dynamic", 200), ("razor", 60))]
+    assert "peak growth of razor: 0.30 of dynamic's, 0.60 of dynamic's cache alone" in memory.summary(usages)
+    assert memory.Usage(**json.loads(json.dumps({f: getattr(usages[0], f) for f in usages[0].__slots__}))) == usages[0]
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_peak_sees_memory_that_is_gone_again(monkeypatch, refused):
+    def refuse(*_):
+        raise PermissionError
+
+    if refused:  # no access to the kernel's mark: a thread samples
+        monkeypatch.setattr(Path, "write_text", refuse)
+    before = memory._status("VmRSS")
+    with memory.Peak().start() as peak:
+        block = torch.ones(16 << 20)
+        while peak.bytes() - before < 60 << 20:
+            block += 1
+        del block
+        assert peak.bytes() - before > 60 << 20
+
+
+# --- demo and plot
+
+
+def test_demo_averages_methods_of_one_name():
+    asked = [Question([1, 2, 3, 4], [5, 6, 7, 8], 0.5)] * 2
+    methods = [
+        demo.Method("full", None, [[5, 6, 7, 8]] * 2, 1000, 1.0, 2.0),
+        demo.Method("random", None, [[5, 6, 7, 8], [0] * 4], 200, 1.0, 1.0),
+        demo.Method("random", None, [[0] * 4] * 2, 400, 3.0, 2.0),
+    ]
+    full, others = demo.summary(99, asked, methods)
+    assert full == (99, "full", 1.0, 1000, 1.0, 0.5, 15.0, 2)
+    assert others == (99, "random", 0.25, 300, 0.3, 1.0, 20.0, 2)
+
+
+def test_demo_rivals_have_as_many_full_heads():
+    table = torch.zeros(4, 8)
+    methods = demo.make_methods(
+        demo.make_plan({1: [0, 2], 3: [1]}, HeadScores(table, table, 4)), HeadScores(table, table, 4)
+    )
+    full = [0 if method.plan is None else int(method.plan.is_full.sum()) for method in methods]
+    assert full == [0, 3, 3, 3, 3, 0]
+    assert methods[2].plan != methods[3].plan
+
+
+def test_plots(tmp_path, capsys):
+    scores = HeadScores(torch.rand(3, 4), torch.rand(3, 4), 2)
+    plot.plot_scores(scores, scores.select(0.5, 0.2), tmp_path / "scores.png")
+    assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
+    time_us = harness.Timing(5.0, 1.0)
+    rows = [
+        harness.make_row("q", case, plan, time_us, nbytes=9, on="box") for case in "ab" for plan in ("full", "sdpa")
+    ]
+    harness.append_rows(rows, tmp_path)
+    newer = harness.make_row("q", "a", "sdpa", harness.Timing(7.0, 1.0), nbytes=9, on="box")
+    path = harness.append_rows([newer], tmp_path)
+    assert plot.latest(path)["a"]["sdpa"]["median_us"] == "7.0"
+    plot.main(["--results", str(tmp_path)])
+    assert (tmp_path / "plots" / "box-q.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out == f"{tmp_path}/plots/box-q.png\n"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit):
+        plot.main(["--results", str(tmp_path / "empty")])
+
+
+@pytest.mark.parametrize("bench", [attention, head_scores, memory, plot])
+def test_help_names_the_module(bench, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["--help"])
+    assert stop.value.code == 0
+    assert f"python -m {bench.__name__} " in capsys.readouterr().out + " "

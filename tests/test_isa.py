@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every instruction set is right, is really used, and stays in its own object file; what the libraries link."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from importlib.resources import files
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import oracle
+from cases import ARITHMETIC, CASES, Case, assert_close, case_id, to_numpy
+
+ROOT = Path(__file__).parent.parent
+NEEDS = {"scalar": set(), "avx2": {"avx2", "fma", "f16c"}}
+NEEDS["avx512"] = NEEDS["avx2"] | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+ISAS = list(NEEDS)
+SMALL_CASES = [case for case in CASES if sum(call.q_len for call in case.calls) < 1000]
+SCORES = [(3, 4, 33, "float32"), (40, 2, 64, "bfloat16"), (5, 3, 7, "float16")]  # period, repeats, head_dim, dtype
+
+CHILD = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import numpy, torch
+import razor_attention, test_isa
+torch.set_num_threads(1)
+results = {f"{case.name}.{i}": out.double().numpy()
+           for case in test_isa.SMALL_CASES for i, out in enumerate(case.run())}
+for i, score in enumerate(test_isa.SCORES):
+    results[f"scores.{i}"] = torch.stack(razor_attention.head_scores(*test_isa.score_inputs(*score), score[0])).numpy()
+numpy.savez(sys.argv[1], isa=razor_attention.isa(), **results)
+"""
+
+
+def score_inputs(period: int, repeats: int, head_dim: int, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = np.random.default_rng(period)
+    shapes = [(1, heads, 1 + period * repeats, head_dim) for heads in (4, 2)]
+    q, k = (torch.from_numpy(draw.standard_normal(shape)).to(getattr(torch, dtype)) for shape in shapes)
+    return q, k
+
+
+def present() -> list[str]:
+    if not Path("/proc/cpuinfo").exists():
+        return ["scalar"]
+    flags = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("flags")), "").split()
+    return [isa for isa, needs in NEEDS.items() if needs <= set(flags)]
+
+
+def run_child(code: str, isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"RAZOR_ISA": isa}
+    return subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, np.ndarray]]:
+    """{isa: {result: array}}, each instruction set in a process of its own."""
+    found = {}
+    for isa in present():
+        path = tmp_path_factory.mktemp("isa") / f"{isa}.npz"
+        child = run_child(CHILD, isa, str(path), str(ROOT / "tests"))
+        assert child.returncode == 0, child.stderr
+        with np.load(path) as arrays:
+            found[isa] = dict(arrays)
+    return found
+
+
+@cache
+def expected(case: Case) -> list[np.ndarray]:
+    return case.expected()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_one_asked_for_is_used(isa: str, results: dict[str, dict[str, np.ndarray]]) -> None:
+    if isa not in results:
+        pytest.skip(f"this CPU has no {isa}")
+    assert str(results[isa]["isa"]) == isa
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", SMALL_CASES, ids=case_id)
+def test_attention(isa: str, case: Case, results: dict[str, dict[str, np.ndarray]]) -> None:
+    if isa not in results:
+        pytest.skip(f"this CPU has no {isa}")
+    dtype = getattr(torch, case.dtype)
+    for i, by_oracle in enumerate(expected(case)):
+        assert_close(torch.from_numpy(results[isa][f"{case.name}.{i}"]).to(dtype), by_oracle, case.magnitude())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("number", range(len(SCORES)))
+def test_head_scores(isa: str, number: int, results: dict[str, dict[str, np.ndarray]]) -> None:
+    if isa not in results:
+        pytest.skip(f"this CPU has no {isa}")
+    q, k = score_inputs(*SCORES[number])
+    for head in range(4):
+        by_oracle = oracle.head_scores(
+            to_numpy(q[0, head]), to_numpy(k[0, head // 2]), SCORES[number][0], scale=q.shape[-1] ** -0.5
+        )
+        error = np.abs(results[isa][f"scores.{number}"][:, 0, head] - by_oracle)
+        assert (error <= ARITHMETIC[torch.float32] * np.array(by_oracle)).all()
+
+
+@pytest.mark.skipif(len(present()) < 2, reason="this CPU has one instruction set only")
+def test_they_are_different_code(results: dict[str, dict[str, np.ndarray]]) -> None:
+    """Rounding differs somewhere between any two, in attention and in scores."""
+    for a, b in combinations(results, 2):
+        for part in ("prefill", "scores"):
+            names = [name for name in results[a] if name.startswith(part)]
+            assert any(not np.array_equal(results[a][name], results[b][name]) for name in names), (a, b, part)
+
+
+@pytest.mark.parametrize("wrong", ["sse9", "AVX2"])
+def test_a_wrong_name_is_refused(wrong: str) -> None:
+    child = run_child("import razor_attention; print(razor_attention.isa())", wrong)
+    assert child.returncode != 0
+    message = f"RAZOR_ISA: expected one of scalar, avx2, avx512, got {wrong}"
+    assert child.stderr.strip().splitlines()[-1] == f"ValueError: {message}"
+
+
+@pytest.mark.skipif(len(present()) == len(ISAS), reason="this CPU has every instruction set")
+def test_one_that_the_cpu_lacks_is_refused() -> None:
+    lacking = next(isa for isa in ISAS if isa not in present())
+    child = run_child("import razor_attention; print(razor_attention.isa())", lacking)
+    known = ", ".join(present())
+    message = f"RAZOR_ISA: expected an instruction set of this CPU ({known}), got {lacking}"
+    assert child.stderr.strip().splitlines()[-1] == f"ValueError: {message}"
+
+
+def test_an_empty_name_means_the_best() -> None:
+    child = run_child("import razor_attention; print('isa', razor_attention.isa())", "")
+    assert child.stdout.splitlines()[-1] == f"isa {present()[-1]}"
+
+
+# What the linker sees.
+
+
+def symbols(library: Path, *options: str) -> list[tuple[str, str]]:
+    """(type, demangled name) of every symbol."""
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not installed")
+    listing = subprocess.run(["nm", "-C", *options, str(library)], capture_output=True, text=True, check=True).stdout
+    return [(m[1], m[2]) for m in re.finditer(r"^[0-9a-f ]{16} ([A-Za-z]) (.*)$", listing, re.MULTILINE)]
+
+
+def dynamic_section(library: Path) -> list[tuple[str, str]]:
+    """(NEEDED | RUNPATH | ..., value)"""
+    if shutil.which("readelf") is None:
+        pytest.skip("readelf is not installed")
+    listing = subprocess.run(["readelf", "-dW", str(library)], capture_output=True, text=True, check=True).stdout
+    return re.findall(r"\((\w+)\).*\[(.*)\]", listing)
+
+
+OBJECTS = sorted(ROOT.glob("build/*/CMakeFiles/razor_core.dir/cpp/razor/cpu/kernels_*.cpp.o"))
+
+
+@pytest.mark.skipif(not OBJECTS, reason="no build tree")
+@pytest.mark.parametrize("path", OBJECTS, ids=lambda p: f"{p.relative_to(ROOT).parts[1]}-{p.stem}")
+def test_kernels_share_no_code_across_instruction_sets(path: Path) -> None:
+    """A weak symbol compiled for one instruction set may be the copy that the linker keeps for every CPU."""
+    found = symbols(path)
+    isa = path.name.removeprefix("kernels_").removesuffix(".cpp.o")
+    assert [name for kind, name in found if kind in "WwVvu"] == []
+    assert [name for kind, name in found if kind in "TDBRGSC"] == [f"razor::cpu::kernels_{isa}"]
+    assert len([name for kind, name in found if kind == "t"]) > 5
+
+
+def library(name: str) -> Path:
+    return Path(str(files("razor_attention") / name))
+
+
+def test_torch_library_needs_nothing_of_torch_but_its_c_interface() -> None:
+    path = library("_torch_ops.so")
+    needed = [value for tag, value in dynamic_section(path) if tag == "NEEDED"]
+    assert "libtorch_cpu.so" in needed
+    assert [n for n in needed if re.search("torch|c10|gomp|iomp|omp|python|mkl", n)] == ["libtorch_cpu.so"]
+    wanted = [name for kind, name in symbols(path, "-D", "--undefined-only") if kind == "U"]
+    assert [name for name in wanted if re.match(r"(\w+ )*(torch|at|c10|caffe2)::", name)] == []
+    assert any(name.startswith("aoti_torch_") for name in wanted)
+
+
+@pytest.mark.parametrize("name", ["_torch_ops.so", "_core"])
+def test_libraries_find_the_core_next_to_themselves(name: str) -> None:
+    path = library(name) if name.endswith(".so") else Path(sys.modules["razor_attention._core"].__file__ or "")
+    section = dynamic_section(path)
+    assert ("NEEDED", "librazor_core.so") in section
+    assert [value for tag, value in section if tag in ("RPATH", "RUNPATH")] == ["$ORIGIN"]
+
+
+def test_core_needs_neither_torch_nor_python_nor_openmp() -> None:
+    needed = [value for tag, value in dynamic_section(library("librazor_core.so")) if tag == "NEEDED"]
+    assert [n for n in needed if re.search("torch|c10|omp|python", n)] == []
+    exported = {name.split("(")[0] for kind, name in symbols(library("librazor_core.so"), "-D", "--defined-only")
+                if kind == "T"}  # fmt: skip
+    assert {"razor::attention", "razor::append", "razor::head_scores", "razor::isa"} <= exported
+    assert not any("kernels" in name for name in exported)
