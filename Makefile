@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(RUN) pytest -q
 
-lint: $(VENV)/.installed $(VENV)/.lint
+lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check python tests bench
 	$(VENV)/bin/ruff format --check python tests bench
 	$(VENV)/bin/mypy
@@ -45,5 +45,5 @@ $(VENV)/.installed: $(VENV)/.torch $(SRCS)
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.torch pyproject.toml
-	$(PIP) ruff mypy clang-format types-tqdm
+	$(PIP) ruff mypy clang-format types-tqdm numpy 'transformers>=5.12,<6' tqdm
 	touch $@

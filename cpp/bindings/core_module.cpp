@@ -20,6 +20,7 @@ using razor::bindings::CacheArrays;
 using razor::bindings::DType;
 
 DType dtype_of(const py::array& a) {
+  if (!a.dtype().attr("isnative").cast<bool>()) return DType::kOther;  // byte-swapped
   const auto name = a.dtype().attr("name").cast<std::string>();
   for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kInt32, DType::kInt64, DType::kBool}) {
     if (name == razor::bindings::name(dtype)) return dtype;
@@ -35,6 +36,9 @@ struct Described {
 
   Described(const char* name, const py::array& a, bool writable = false) {
     RAZOR_CHECK(a.ndim() <= kMaxDims, name, ": expected at most 4 dimensions, got ", a.ndim());
+    RAZOR_CHECK(dtype_of(a) != DType::kOther, name,
+                ": expected a dtype of float32, bfloat16, float16, int32, int64 or bool, got ",
+                py::str(a.dtype()).cast<std::string>());
     RAZOR_CHECK(!writable || a.writeable(), name, ": expected a writable array, got a read-only one");
     for (int i = 0; i < a.ndim(); ++i) {
       sizes[i] = a.shape(i);

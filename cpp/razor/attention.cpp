@@ -287,6 +287,7 @@ void zero_padding(const AttentionParams& params) {
 }  // namespace
 
 void attention(const AttentionParams& params, ParallelFor parallel_for) {
+  (void)cpu::kernels();  // refuses a wrong RAZOR_ISA before anything runs in parallel
   check_cache(params.cache, params.tokens, /*with_new_tokens=*/false);
   zero_padding(params);
   const int64_t group = params.num_heads / params.cache.num_kv_heads, head_dim = params.cache.head_dim;

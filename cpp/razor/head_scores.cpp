@@ -66,6 +66,7 @@ void score_block(const HeadScoresParams& p, int64_t b, int64_t kv_head, int64_t 
 }  // namespace
 
 void head_scores(const HeadScoresParams& p, ParallelFor parallel_for) {
+  (void)cpu::kernels();  // refuses a wrong RAZOR_ISA before anything runs in parallel
   RAZOR_CHECK(p.period >= 1, "period: expected a value >= 1, got ", p.period);
   RAZOR_CHECK((p.tokens - 1) % p.period == 0 && (p.tokens - 1) / p.period >= 2,
               "query: expected 1 + period * repeats tokens with period ", p.period, " and at least 2 repeats, got ",

@@ -112,7 +112,8 @@ void check_cache(const KvCacheView& cache, const NewTokens& tokens, bool with_ne
                 " for kv head ", h);
   }
   for (int64_t b = 0; b < cache.batch; ++b) {
-    RAZOR_CHECK(cache.seen[b] >= 0, "seen: expected values >= 0, got ", cache.seen[b], " for sequence ", b);
+    RAZOR_CHECK(cache.seen[b] >= 0 && cache.seen[b] <= kMaxTokens, "seen: expected values from 0 to ", kMaxTokens,
+                ", got ", cache.seen[b], " for sequence ", b);
     const int64_t pad = tokens.pad ? tokens.pad[b] : 0;
     RAZOR_CHECK(pad >= 0 && pad <= tokens.q_len, "pad: expected values from 0 to ", tokens.q_len, ", got ", pad,
                 " for sequence ", b);
@@ -132,6 +133,7 @@ void check_cache(const KvCacheView& cache, const NewTokens& tokens, bool with_ne
 }
 
 void append(const KvCacheView& cache, const NewTokens& tokens, ParallelFor parallel_for) {
+  (void)cpu::kernels();  // refuses a wrong RAZOR_ISA before anything runs in parallel
   check_cache(cache, tokens, /*with_new_tokens=*/true);
   for_each_item(parallel_for, cache.batch * cache.num_kv_heads, [&](int64_t r) {
     const CacheRow row = cache_row(cache, tokens, r);

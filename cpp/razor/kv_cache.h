@@ -15,7 +15,8 @@
 
 namespace razor {
 
-inline constexpr int32_t kFull = INT32_MAX;  // window_size of a head that keeps every token
+inline constexpr int32_t kFull = INT32_MAX;              // window_size of a head that keeps every token
+inline constexpr int64_t kMaxTokens = int64_t{1} << 48;  // of one sequence
 
 struct KvCacheView {
   void* key_pages;             // [num_pages, page_size, head_dim] of format

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from .checks import check_int
+
 
 def alibi_slopes(num_heads: int) -> Tensor:
     """Slopes of the original ALiBi paper, as BLOOM and Baichuan use them.
@@ -22,10 +24,9 @@ def alibi_slopes(num_heads: int) -> Tensor:
         (num_heads,), float32, logit per token of distance.
 
     Raises:
-        ValueError: num_heads: expected a value >= 1, got 0
+        ValueError: num_heads: expected an integer >= 1, got 0
     """
-    if num_heads < 1:
-        raise ValueError(f"num_heads: expected a value >= 1, got {num_heads}")
+    check_int("num_heads", num_heads, 1)
 
     def of_power(n: int) -> list[float]:
         return [2 ** (-8 * (i + 1) / n) for i in range(n)]

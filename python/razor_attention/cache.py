@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .checks import check_int, check_table
 from .plan import FULL
 
 _GROWTH = 1.25  # of the page pool; a pool is one layer's, so growing never copies the whole cache
@@ -32,9 +33,10 @@ class LayerCache:
         alibi_slopes: (num_heads,), float32. None: no ALiBi.
 
     Raises:
-        ValueError: page_size: expected a positive multiple of 16, got 20
+        ValueError: page_size: expected a multiple of 16, got 20
     """
 
+    @torch.inference_mode(False)  # tensors made here may be changed outside inference mode later
     def __init__(
         self,
         sink_size: Tensor | Sequence[int],
@@ -48,26 +50,24 @@ class LayerCache:
         page_size: int = 64,
         alibi_slopes: Tensor | None = None,
     ) -> None:
-        if page_size < 16 or page_size % 16:
-            raise ValueError(f"page_size: expected a positive multiple of 16, got {page_size}")
-        for name, number in (("batch_size", batch_size), ("head_dim", head_dim)):
-            if number < 1:
-                raise ValueError(f"{name}: expected a value >= 1, got {number}")
+        if check_int("page_size", page_size, 16) % 16:
+            raise ValueError(f"page_size: expected a multiple of 16, got {page_size}")
+        check_int("batch_size", batch_size, 1), check_int("head_dim", head_dim, 1)
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
-        self.sink_size = torch.as_tensor(sink_size, dtype=torch.int32).to(device)
-        self.window_size = torch.as_tensor(window_size, dtype=torch.int32).to(device)
-        self.compensate = torch.as_tensor(compensate, dtype=torch.bool).to(device)
-        num_kv_heads = self.sink_size.numel()
-        for name, tensor in (
-            ("sink_size", self.sink_size),
-            ("window_size", self.window_size),
-            ("compensate", self.compensate),
-        ):
-            if tensor.shape != (num_kv_heads,) or num_kv_heads == 0:
-                raise ValueError(f"{name}: expected shape [{num_kv_heads or 'num_kv_heads'}], got {list(tensor.shape)}")
-            if name != "compensate" and bool((tensor < 0).any()):
-                raise ValueError(f"{name}: expected values >= 0, got {int(tensor.min())}")
+        sizes = {"sink_size": sink_size, "window_size": window_size}
+        policy = {name: check_table(name, value, "integers", dims=(1,)) for name, value in sizes.items()}
+        for name, table in policy.items():
+            if bool(((table < 0) | (table > FULL)).any()):
+                raise ValueError(f"{name}: expected 0..{FULL} tokens, got {table.tolist()}")
+        policy["compensate"] = check_table("compensate", compensate, "bools", dims=(1,))
+        num_kv_heads = len(policy["sink_size"])
+        for name, table in policy.items():
+            if len(table) != num_kv_heads:
+                raise ValueError(f"{name}: expected {num_kv_heads} kv heads like sink_size, got {len(table)}")
+        self.sink_size = policy["sink_size"].to(device, torch.int32)
+        self.window_size = policy["window_size"].to(device, torch.int32)
+        self.compensate = policy["compensate"].to(device)
         self.alibi_slopes = None if alibi_slopes is None else alibi_slopes.to(device, torch.float32)
         self.seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.key_pages = torch.empty(0, page_size, head_dim, dtype=dtype, device=device)
@@ -77,9 +77,7 @@ class LayerCache:
         self.key_sum = torch.zeros(rows, head_dim, dtype=torch.float32, device=device)
         self.value_sum = torch.zeros_like(self.key_sum)
         # Most rows of one (sequence, kv head), [num_kv_heads] int64.
-        self._most_rows = torch.where(
-            self.window_size == FULL, torch.iinfo(torch.int64).max, self.sink_size.long() + self.window_size.long()
-        )
+        self._most_rows = self.sink_size.long() + self.window_size.long()
         self._free_pages: list[int] = []
 
     @property
@@ -150,13 +148,16 @@ class LayerCache:
             ValueError: as `ops.append`; the cache is then as it was.
         """
         ops.check_append(key, value, *self._tensors(), pad=pad)
+        before = self.seen.clone()
         taken = self._take_pages(self.seen + (key.shape[2] if pad is None else key.shape[2] - pad))
         try:
             ops.append(key, value, *self._tensors(), pad=pad)
-        except BaseException:
-            self._free_pages += taken
+        except BaseException:  # also an interrupt that arrives once the tokens are stored
+            if torch.equal(self.seen, before):
+                self._free_pages += taken
             raise
 
+    @torch.inference_mode(False)
     def reorder(self, index: Tensor) -> None:
         """Make sequence i what sequence index[i] was (beam search); the batch size becomes len(index).
 
@@ -166,9 +167,13 @@ class LayerCache:
         Raises:
             ValueError: index: expected values from 0 to 2, got 3
         """
-        sources = index.tolist()
-        if index.dim() != 1 or not sources:
+        if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
+            raise TypeError(
+                f"index: expected a tensor of integers, got {getattr(index, 'dtype', type(index).__name__)}"
+            )
+        if index.dim() != 1 or not len(index):
             raise ValueError(f"index: expected shape [new_batch], got {list(index.shape)}")
+        sources = index.tolist()
         for source in sources:
             if not 0 <= source < self.batch_size:
                 raise ValueError(f"index: expected values from 0 to {self.batch_size - 1}, got {source}")
@@ -183,7 +188,7 @@ class LayerCache:
         ]
         needed = sum(sum(pages[s]) for s in sources) - sum(sum(pages[s]) for s in set(sources))
         self._reserve(needed - len(gone))
-        self._free_pages += gone
+        free = self._free_pages + gone
         index = index.to(self.seen.device, torch.int64)
         table = old_table[index]
         copies: list[tuple[int, int]] = []  # (from page, to page)
@@ -192,17 +197,19 @@ class LayerCache:
                 continue  # the first to ask keeps the pages, later ones get copies
             for h in range(heads):
                 for p in range(pages[source][h]):
-                    copies.append((int(table[i, h, p]), self._free_pages.pop()))
+                    copies.append((int(table[i, h, p]), free.pop()))
                     table[i, h, p] = copies[-1][1]
         if copies:
             old, new = (torch.tensor(side, device=self.seen.device) for side in zip(*copies, strict=True))
             self.key_pages[new] = self.key_pages[old]
             self.value_pages[new] = self.value_pages[old]
-        self.page_table = table.reshape(len(sources) * heads, -1)
-        self.seen = self.seen[index]
-        self.key_sum = self.key_sum.view(-1, heads, self.key_sum.shape[1])[index].flatten(0, 1)
-        self.value_sum = self.value_sum.view(-1, heads, self.value_sum.shape[1])[index].flatten(0, 1)
+        sums = (x.view(-1, heads, x.shape[1])[index].flatten(0, 1) for x in (self.key_sum, self.value_sum))
+        key_sum, value_sum = sums
+        page_table, seen = table.reshape(len(sources) * heads, -1), self.seen[index]
+        self.page_table, self.seen, self.key_sum, self.value_sum = page_table, seen, key_sum, value_sum
+        self._free_pages = free
 
+    @torch.inference_mode(False)
     def reset(self) -> None:
         """Forget every token and give the memory back."""
         self.seen.zero_()
@@ -231,10 +238,11 @@ class LayerCache:
         rows = torch.minimum(seen[:, None], self._most_rows)
         return ((rows + self.page_size - 1) // self.page_size).flatten()
 
+    @torch.inference_mode(False)
     def _take_pages(self, after: Tensor) -> list[int]:
         """Give each page-table row the pages it needs to grow from `seen` to `after` tokens; returns these pages."""
         have, need = self._pages(self.seen), self._pages(after)
-        total = max(0, int((need - have).sum()))
+        total = int((need - have).clamp(min=0).sum())
         if total == 0:
             return []
         self._reserve(total)
@@ -250,6 +258,7 @@ class LayerCache:
         self.page_table[missing] = torch.tensor(taken, dtype=torch.int32, device=need.device)
         return taken
 
+    @torch.inference_mode(False)
     def _reserve(self, pages: int) -> None:
         """Grow the pool until `pages` of it are free; on the CPU untouched pages take no memory."""
         capacity, missing = self.key_pages.shape[0], pages - len(self._free_pages)
@@ -257,9 +266,16 @@ class LayerCache:
             return
         size = max(capacity + missing, int(capacity * _GROWTH))
         # One after the other, so that at most one of the two exists twice at a time.
-        for name in ("key_pages", "value_pages"):
-            old = getattr(self, name)
-            grown = old.new_empty(size, *old.shape[1:])
-            grown[:capacity] = old
-            setattr(self, name, grown)
+        try:
+            self.key_pages = _grown(self.key_pages, size)
+            self.value_pages = _grown(self.value_pages, size)
+        except BaseException:
+            self.key_pages = self.key_pages[:capacity]
+            raise
         self._free_pages = [*range(size - 1, capacity - 1, -1), *self._free_pages]
+
+
+def _grown(pages: Tensor, size: int) -> Tensor:
+    grown = pages.new_empty(size, *pages.shape[1:])
+    grown[: len(pages)] = pages
+    return grown

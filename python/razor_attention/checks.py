@@ -39,7 +39,7 @@ def check_dict(name: str, value: Any) -> dict[str, Any]:
 
 def check_table(name: str, value: Any, kind: str, dims: tuple[int, ...] = (2,)) -> Tensor:
     """A CPU copy of `value`, tensor, array or nested lists, if it is a non-empty table of integers, floats or bools."""
-    wanted = f"{name}: expected a table [layers, heads] of {kind}"
+    wanted = f"{name}: expected {'a list [heads]' if dims == (1,) else 'a table [layers, heads]'} of {kind}"
     try:
         table = value.detach().cpu().clone() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
     except (TypeError, ValueError, RuntimeError) as error:

@@ -13,8 +13,7 @@ from torch import Tensor
 from .checks import ceil_share, check_dict, check_int, check_share, check_table
 from .files import LayerHeads, PathLike, TwoLists, merge_heads, read_json, write_json
 from .heads import full_gates
-
-FULL = 2**31 - 1  # window_size of a head that keeps every token
+from .reference import FULL
 
 _KEYS = ("num_layers", "num_kv_heads", "sink_size", "window_size", "compensate", "window_fraction", "provenance")
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every op means, in plain PyTorch, in float64 where the device has it. Slow; every fast path is compared with it.
 
-Letters: G = num_heads / num_kv_heads query heads of one kv head, N = new tokens that are not padding, D = head_dim.
+Letters: G = num_heads / num_kv_heads query heads of one kv head, N = queries of a block, D = head_dim.
 Shapes and dtypes of the arguments: `ops.py`. Nothing is checked here, and float64 inputs give float64 results.
 """
 
@@ -59,7 +59,7 @@ def attention(
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     for b, past in enumerate(seen.tolist()):
         start = 0 if pad is None else int(pad[b])
-        position = past + torch.arange(query.shape[2] - start, device=query.device)  # [N]
+        position = past + torch.arange(query.shape[2] - start, device=query.device)  # of the new tokens
         for h, (s, w, c) in enumerate(zip(sink_size.tolist(), window_size.tolist(), compensate.tolist(), strict=True)):
             table_row, heads = b * num_kv_heads + h, slice(h * group, (h + 1) * group)
             kept = kept_tokens(past, s, w)
@@ -68,28 +68,31 @@ def attention(
             v = torch.cat([_double(value_pages[where]), _double(value[b, h, start:])])
             token = torch.cat([torch.tensor(kept, dtype=torch.int64, device=query.device), position])
 
-            distance = position[:, None] - token  # p - j, [N, kept + N]
-            past_or_self = distance >= 0
-            exact = past_or_self & ((token < s) | (distance < w) | dense)
-            q = _double(query[b, heads, start:]) * scale  # [G, N, D]
-            logit = q @ k.T
-            if alibi_slopes is not None:
-                logit = logit - _double(alibi_slopes[heads])[:, None, None] * distance
-            logit = logit.masked_fill(~exact, -torch.inf)
+            for first in range(0, len(position), 512):  # blocks of N queries: the whole map would not fit
+                block = slice(start + first, start + first + 512)
+                distance = position[first : first + 512, None] - token  # p - j, [N, kept + N]
+                past_or_self = distance >= 0
+                exact = past_or_self & ((token < s) | (distance < w) | dense)
+                q = _double(query[b, heads, block]) * scale  # [G, N, D]
+                logit = q @ k.T
+                if alibi_slopes is not None:
+                    logit = logit - _double(alibi_slopes[heads])[:, None, None] * distance
+                logit = logit.masked_fill(~exact, -torch.inf)
 
-            if c and w != FULL:
-                left = (past_or_self & ~exact).to(k.dtype)  # dropped by this query, still at hand
-                count = left.sum(-1) + max(0, past - s - w)  # [N]
-                mean_k = (left @ k + _double(key_sum[table_row])) / count.clamp(min=1)[:, None]  # [N, D]
-                mean_v = (left @ v + _double(value_sum[table_row])) / count.clamp(min=1)[:, None]
-                dropped_logit = (q * mean_k).sum(-1) + count.log()  # [G, N], -inf where nothing is dropped
-                logit = torch.cat([logit, dropped_logit[..., None]], -1)
+                if c and w != FULL:
+                    left = (past_or_self & ~exact).to(k.dtype)  # dropped by this query, still at hand
+                    count = left.sum(-1) + max(0, past - s - w)  # [N]
+                    mean_k = (left @ k + _double(key_sum[table_row])) / count.clamp(min=1)[:, None]  # [N, D]
+                    mean_v = (left @ v + _double(value_sum[table_row])) / count.clamp(min=1)[:, None]
+                    dropped_logit = (q * mean_k).sum(-1) + count.log()  # [G, N], -inf where nothing is dropped
+                    logit = torch.cat([logit, dropped_logit[..., None]], -1)
 
-            weight = logit.softmax(-1).nan_to_num(0.0)  # a query without a visible row yields zeros
-            result = weight[..., : len(token)] @ v
-            if c and w != FULL:
-                result = result + weight[..., -1:] * mean_v
-            out[b, heads, start:] = result.to(out.dtype)
+                sees_nothing = logit.isneginf().all(-1, keepdim=True)
+                weight = logit.softmax(-1).masked_fill(sees_nothing, 0.0)
+                result = weight[..., : len(token)] @ v
+                if c and w != FULL:
+                    result = result + weight[..., -1:] * mean_v
+                out[b, heads, block] = result.to(out.dtype)
     return out
 
 

@@ -57,7 +57,7 @@ struct Vec {
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
   }
-  // For v <= 0. exp(v) = 2^n * exp(r) with |r| <= ln(2) / 2, by a polynomial of degree 6; 0 below -87.
+  // For v <= 0. exp(v) = 2^n * exp(r) with |r| <= ln(2) / 2, by a polynomial of degree 6; 0 below -87, NaN stays.
   Vec exp() const {
     const __m256 n = _mm256_round_ps(_mm256_mul_ps(v, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
     __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), v);
@@ -71,7 +71,7 @@ struct Vec {
     p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
     const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     const __m256 result = _mm256_mul_ps(p, _mm256_castsi256_ps(exponent));
-    return {_mm256_and_ps(result, _mm256_cmp_ps(v, _mm256_set1_ps(-87.0f), _CMP_GT_OQ))};
+    return {_mm256_and_ps(result, _mm256_cmp_ps(v, _mm256_set1_ps(-87.0f), _CMP_NLE_UQ))};
   }
 };
 

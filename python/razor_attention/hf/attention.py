@@ -45,6 +45,8 @@ def razor_attention(
     if layer is not None:
         layer.pending = False  # also if the call is refused below: nothing has been stored
     refuse_unsupported(module, dropout, kwargs)
+    if kwargs.get("use_cache") is False:  # generate would send the whole text again at every step
+        raise ValueError("use_cache: expected True with razor attention, got False")
     if layer is None:
         raise ValueError(
             "past_key_values: expected a RazorCache, got another cache or none; "
@@ -55,6 +57,7 @@ def razor_attention(
             f"attention_mask: expected 2 dimensions (batch, tokens), got shape {list(attention_mask.shape)}; "
             "masks prepared by the caller are not supported"
         )
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in float32
     return layer.attend(query, key, value, attention_mask, scaling).transpose(1, 2), None
 
 
@@ -101,7 +104,8 @@ def razor_mask(
 def attach(model: PreTrainedModel, plan: Plan, *, prefill: Prefill = "dense") -> Iterator[PreTrainedModel]:
     """Inside this context `model.generate(...)` runs with a compressed cache; outside it the model is as before.
 
-    Each `generate` call gets a fresh RazorCache for its prompt, unless it is given one as `past_key_values`.
+    Each `generate` call gets a fresh RazorCache for its prompt (the longest of a batch, where the plan has a length
+    rule), unless it is given one as `past_key_values`.
 
     Args:
         model: a decoder model that uses AttentionInterface (Llama, Qwen2, Qwen3, Mistral, ...).
@@ -112,20 +116,21 @@ def attach(model: PreTrainedModel, plan: Plan, *, prefill: Prefill = "dense") ->
         ValueError: plan: expected 4 layers x 4 kv heads like the model, got 32 x 8
         NotImplementedError: model: expected one that uses AttentionInterface, got BloomForCausalLM
     """
+    if not callable(getattr(model, "generate", None)):
+        raise TypeError(f"model: expected one that can generate, got {type(model).__name__}")
     switch = AttentionSwitch(model, "razor")
     RazorCache(model.config, plan, prefill=prefill)  # refuses what it cannot do before the model is touched
     had_own = vars(model).get("generate")
     generate: Any = model.generate
 
     def generate_compressed(*args: Any, **kwargs: Any) -> Any:
-        config = next(
-            (x for x in (*args[1:2], kwargs.get("generation_config")) if x is not None), model.generation_config
-        )
-        if kwargs.get("use_cache", getattr(config, "use_cache", True)) is False:
-            raise ValueError("use_cache: expected True inside attach(), got False")
         if kwargs.get("past_key_values") is None:
             prompt = next((x for x in (*args[:1], *map(kwargs.get, _PROMPTS)) if x is not None), None)
-            prompt_len = None if prompt is None else prompt.shape[1]
+            mask = kwargs.get("attention_mask")
+            if isinstance(mask, Tensor) and mask.dim() == 2:
+                prompt_len = int(mask.sum(1).max())  # padding is no part of a prompt
+            else:
+                prompt_len = prompt.shape[1] if isinstance(prompt, Tensor) else None
             kwargs["past_key_values"] = RazorCache(model.config, plan, prefill=prefill, prompt_len=prompt_len)
         return generate(*args, **kwargs)
 

@@ -166,14 +166,27 @@ class RazorCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        layer = self.layers[layer_idx]
+        layer, first = self.layers[layer_idx], self.layers[0]
+        new = key_states.shape[2]
+        in_step = (
+            layer.columns + new == first.columns if layer_idx else all(x.columns == first.columns for x in self.layers)
+        )
+        if not in_step:
+            raise RuntimeError(
+                "RazorCache: expected all layers to have seen the same tokens, got layers out of step after a forward "
+                "pass that was interrupted; reset() the cache"
+            )
+        if key_states.shape[1] != self.plan.num_kv_heads:
+            raise ValueError(
+                f"plan: expected {key_states.shape[1]} kv heads like the model's keys, got {self.plan.num_kv_heads}"
+            )
         if layer.cache is None:
-            self.plan = self.plan.resolve(key_states.shape[2])
+            self.plan = self.plan.resolve(new)
             layer.cache = LayerCache(
                 *self.plan.layer(layer_idx),
                 batch_size=key_states.shape[0],
                 head_dim=key_states.shape[3],
-                dtype=key_states.dtype,
+                dtype=value_states.dtype,
                 device=key_states.device,
                 page_size=self.page_size,
             )
@@ -187,5 +200,5 @@ class RazorCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the cache holds: pages in use and compensation sums of all layers."""
+        """Bytes of the pages in use and of the compensation sums of all layers; pools keep pages for reuse."""
         return sum(layer.cache.nbytes for layer in self.layers if layer.cache is not None)

@@ -135,7 +135,7 @@ def find_heads(
             "period": period,
             "repeats": repeats,
             "seed": seed,
-            "razor_attention": version("razor-attention"),
+            "version": version("razor-attention"),
         },
     )
 

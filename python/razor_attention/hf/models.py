@@ -94,7 +94,11 @@ class AttentionSwitch:
             raise NotImplementedError(
                 f"model: expected one that uses AttentionInterface, got {type(self.model).__name__}"
             )
-        self._set(self.name)
+        try:
+            self._set(self.name)
+        except BaseException:
+            self._set(self.before)
+            raise
         return self.model
 
     def __exit__(self, *error: object) -> None:
