@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A synthetic language of keyed facts, and questions which can only be answered by looking far back.
 
 A text is a row of short sentences. Facts name who did what to four things, ``mia hid lamp rope coin bell .``, filler

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train the small language model which answers the questions of ``questions.py``.
 
 Run ``python bench/train_model.py --out bench/model``. The model is a plain ``LlamaForCausalLM``; only the training

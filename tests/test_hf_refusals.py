@@ -43,7 +43,7 @@ SLIDING_LAYERS = (
 NOT_CAUSAL = "attention_mask: expected a plain causal mask, got a sliding, chunked, packed, image or bidirectional one"
 NOT_LEFT = "attention_mask: expected padding on the left only, got padding after a token"
 UNMASKED = r"^attention_mask: expected \[30, 20\] earlier tokens like the cache, got \[30, {}\]"
-NO_CACHE = "use_cache: expected True inside attach(), got False"
+NO_CACHE = "use_cache: expected True with razor attention, got False"
 
 
 def refused(error, message):

@@ -260,7 +260,7 @@ STRIDED = [
 VALUES = [
     ("sink_size", [0, -4], "sink_size: expected values >= 0, got -4 for kv head 1"),
     ("window_size", [-1, 6], "window_size: expected values >= 0, got -1 for kv head 0"),
-    ("seen", [20, -1], "seen: expected values >= 0, got -1 for sequence 1"),
+    ("seen", [20, -1], "seen: expected values from 0 to 281474976710656, got -1 for sequence 1"),
     ("pad", [0, 4], "pad: expected values from 0 to 3, got 4 for sequence 1"),
     ("pad", [-1, 0], "pad: expected values from 0 to 3, got -1 for sequence 0"),
     ("seen", [20, 60], "page_table: expected at least 4 pages for sequence 1, kv head 0, got 3"),

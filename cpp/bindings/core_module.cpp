@@ -36,9 +36,7 @@ struct Described {
 
   Described(const char* name, const py::array& a, bool writable = false) {
     RAZOR_CHECK(a.ndim() <= kMaxDims, name, ": expected at most 4 dimensions, got ", a.ndim());
-    RAZOR_CHECK(dtype_of(a) != DType::kOther, name,
-                ": expected a dtype of float32, bfloat16, float16, int32, int64 or bool, got ",
-                py::str(a.dtype()).cast<std::string>());
+    RAZOR_CHECK(a.itemsize() > 0, name, ": expected elements of at least one byte, got none");
     RAZOR_CHECK(!writable || a.writeable(), name, ": expected a writable array, got a read-only one");
     for (int i = 0; i < a.ndim(); ++i) {
       sizes[i] = a.shape(i);

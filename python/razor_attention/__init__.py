@@ -17,7 +17,8 @@ from .alibi import alibi_slopes
 from .cache import LayerCache
 from .heads import HeadScores
 from .ops import head_scores
-from .plan import FULL, Plan
+from .plan import Plan
+from .reference import FULL
 
 if TYPE_CHECKING:
     from .hf import RazorCache, attach, find_heads

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import ops
 from .checks import check_int, check_table
-from .plan import FULL
+from .op_checks import check_append
+from .reference import FULL
 
 _GROWTH = 1.25  # of the page pool; a pool is one layer's, so growing never copies the whole cache
 
@@ -147,7 +148,7 @@ class LayerCache:
         Raises:
             ValueError: as `ops.append`; the cache is then as it was.
         """
-        ops.check_append(key, value, *self._tensors(), pad=pad)
+        check_append(key, value, *self._tensors(), pad=pad)
         before = self.seen.clone()
         taken = self._take_pages(self.seen + (key.shape[2] if pad is None else key.shape[2] - pad))
         try:

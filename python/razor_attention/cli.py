@@ -79,7 +79,7 @@ def _integer(least: int) -> Callable[[str], int]:
 
 
 def _share(text: str) -> float:
-    if not re.fullmatch(r"[01]\.?0*|0?\.\d+", text):
+    if not re.fullmatch(r"[01](\.0*)?|0?\.\d+", text):
         raise argparse.ArgumentTypeError(f"expected a number in 0..1, got {text!r}")
     return float(text)
 

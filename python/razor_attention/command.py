@@ -29,9 +29,10 @@ _POLICY: dict[str, dict[str, Any]] = {  # source of a plan -> the policy flags t
 def heads(arguments: Namespace) -> None:
     """Score the heads of a model, choose, and write what is wanted."""
     from . import find_heads
+    from .hf.models import load_model
 
     plot = _bench("plot").plot_scores if arguments.plot else None
-    model, tokenizer = _load(arguments.model, arguments.dtype)
+    model, tokenizer = load_model(arguments.model, arguments.dtype)
     scores = find_heads(model, tokenizer, period=arguments.period, repeats=arguments.repeats, seed=arguments.seed)
     scores.provenance["model"] = arguments.model.resolve().name  # a path means nothing on another machine
     chosen = scores.select(arguments.induction_ratio, arguments.echo_ratio)
@@ -48,14 +49,11 @@ def plan(arguments: Namespace) -> None:
     """Make a plan from one of the sources, write and describe it."""
     source = next(name for name in _POLICY if getattr(arguments, name))
     policy = _policy(source, arguments)
-    layers, kv_heads, config, geometry = arguments.layers, arguments.kv_heads, None, None
+    layers, kv_heads, geometry, dtype = arguments.layers, arguments.kv_heads, None, torch.bfloat16
     if arguments.model:
-        from transformers import AutoConfig
+        from .hf.models import load_geometry
 
-        from .hf.models import geometry as geometry_of
-
-        config = AutoConfig.from_pretrained(arguments.model, local_files_only=True)
-        geometry = geometry_of(config)
+        geometry, dtype = load_geometry(arguments.model)
         layers, kv_heads = layers or geometry.num_layers, kv_heads or geometry.num_kv_heads
     if source != "gates" and None in (layers, kv_heads):
         raise ValueError("--layers, --kv-heads: expected both, or --model, got fewer")
@@ -69,7 +67,7 @@ def plan(arguments: Namespace) -> None:
     made.save(arguments.out)
     print(made)
     if geometry:
-        _print_sizes(made, LENGTHS, geometry.head_dim, getattr(config, "dtype", None) or torch.bfloat16)
+        _print_sizes(made, LENGTHS, geometry.head_dim, dtype)
     print(f"wrote {arguments.out}")
 
 
@@ -105,15 +103,14 @@ def inspect(arguments: Namespace) -> None:
 
 def generate(arguments: Namespace) -> None:
     """Generate greedily with the plan's cache, and with the full one too to compare."""
-    from transformers import DynamicCache
-
-    from . import RazorCache, attach
+    from . import attach
+    from .hf.models import load_model
 
     text = arguments.prompt
     if text is None:
         text = sys.stdin.read() if arguments.stdin else arguments.prompt_file.read_text()
     loaded = Plan.load(arguments.plan)
-    model, tokenizer = _load(arguments.model, "auto")
+    model, tokenizer = load_model(arguments.model, "auto")
     ids = tokenizer(text, return_tensors="pt").input_ids
     if ids.shape[1] == 0:
         raise ValueError(f"prompt: expected at least one token, got {text!r}")
@@ -121,17 +118,17 @@ def generate(arguments: Namespace) -> None:
     if arguments.chunk:
         options["prefill_chunk_size"] = arguments.chunk
 
-    def run(cache: Any) -> tuple[str, _Clock]:
+    def run() -> tuple[str, _Clock, Any]:
         clock, mask = _Clock(), torch.ones_like(ids)
-        out = model.generate(ids, attention_mask=mask, past_key_values=cache, streamer=clock, **options)
-        return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True), clock
+        run_model: Any = model.generate
+        out = run_model(ids, attention_mask=mask, streamer=clock, return_dict_in_generate=True, **options)
+        text = tokenizer.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True)
+        return str(text), clock, out.past_key_values
 
-    cache = RazorCache(model.config, loaded, prefill=arguments.prefill, prompt_len=ids.shape[1])
     with attach(model, loaded, prefill=arguments.prefill):
-        answer, clock = run(cache)
+        answer, clock, cache = run()
     if arguments.compare:
-        full: Any = DynamicCache(config=model.config)
-        full_answer, full_clock = run(full)
+        full_answer, full_clock, full = run()
         full_bytes = sum(tensor.nbytes for layer in full.layers for tensor in (layer.keys, layer.values))
         print(f"{full_answer}\nfull cache: {_size(full_bytes)} of KV; {full_clock}\n")
     layer: Any = cache.layers[0].cache
@@ -144,11 +141,13 @@ def generate(arguments: Namespace) -> None:
 
 def demo(arguments: Namespace) -> None:
     """Run the demo with the shipped model or another one of its kind."""
+    from .hf.models import load_model
+
     bench = _bench("demo")
     folder: Path = arguments.model or bench.MODEL
     if not (folder / "config.json").is_file():
         raise ValueError(f"--model: expected the shipped model in {folder}, got none; name the folder of another one")
-    model, tokenizer = _load(folder, "auto")
+    model, tokenizer = load_model(folder, "auto")
     bench.run(model, tokenizer, arguments.out, lengths=arguments.length, questions=arguments.questions)
 
 
@@ -167,19 +166,6 @@ class _Clock:
     def __str__(self) -> str:
         start, first, last, steps = self.times[0], self.times[1], self.times[-1], len(self.times) - 2
         return f"prefill {first - start:.2f} s" + (f", {steps / (last - first):.1f} tokens/s" if steps else "")
-
-
-def _load(folder: Path, dtype: str) -> tuple[Any, Any]:
-    """Model and tokenizer of a local checkpoint; nothing is fetched."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"MODEL: expected a model and its tokenizer in {folder}, got {error}") from error
-    model.eval()  # type: ignore[no-untyped-call]
-    return model, tokenizer
 
 
 def _bench(name: str) -> Any:

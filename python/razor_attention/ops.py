@@ -7,15 +7,12 @@ correct and slow. None of the ops has a backward.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from . import reference
 from ._native import load_torch_ops
-
-_ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from .op_checks import check_append, check_attention, check_head_scores, check_values
 
 
 def attention(
@@ -69,13 +66,10 @@ def attention(
         (batch, num_heads, q_len, head_dim), dtype of query, contiguous.
 
     Raises:
-        ValueError: key: expected dtype float32 like query, got bfloat16
+        ValueError: query: expected dtype float32 like key, got bfloat16
         NotImplementedError: razor::attention: expected inputs that need no gradient, got one that does
     """
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        raise NotImplementedError(
-            "razor::attention: expected inputs that need no gradient, got one that does; call it under torch.no_grad()"
-        )
+    _refuse_gradients("attention", query, key, value)
     return torch.ops.razor.attention(  # type: ignore[no-any-return]
         query,
         key,
@@ -91,7 +85,7 @@ def attention(
         value_sum,
         alibi_slopes=alibi_slopes,
         pad=pad,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        scale=_scale(query) if scale is None else scale,
         dense=dense,
     )
 
@@ -133,6 +127,7 @@ def append(
     Raises:
         ValueError: page_table: expected at least 3 pages for sequence 0, kv head 1, got 2
     """
+    _refuse_gradients("append", key, value)
     torch.ops.razor.append(
         key,
         value,
@@ -168,163 +163,48 @@ def head_scores(query: Tensor, key: Tensor, period: int, *, scale: float | None 
     Raises:
         ValueError: period: expected a value >= 1, got 0
     """
-    return torch.ops.razor.head_scores(  # type: ignore[no-any-return]
-        query, key, period, scale=query.shape[-1] ** -0.5 if scale is None else scale
-    )
+    _refuse_gradients("head_scores", query, key)
+    scale = _scale(query) if scale is None else scale
+    return torch.ops.razor.head_scores(query, key, period, scale=scale)  # type: ignore[no-any-return]
 
 
-# Checks for devices without kernels, and for fakes; the words are those of cpp/bindings/array_args.h.
+def _scale(query: Tensor) -> float:
+    """head_dim ** -0.5; of a query without head_dim anything, since the op refuses it."""
+    return float(max(query.shape[-1] if query.dim() else 1, 1) ** -0.5)
 
 
-def _expect_shape(name: str, tensor: Tensor, shape: Sequence[int | None]) -> None:
-    same = tensor.dim() == len(shape) and all(
-        want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
-    )
-    if not same:
-        expected = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name}: expected shape [{expected}], got {list(tensor.shape)}")
-
-
-def _expect_dims(name: str, tensor: Tensor, meaning: str) -> None:
-    if tensor.dim() != meaning.count(",") + 1:
-        raise ValueError(
-            f"{name}: expected {meaning.count(',') + 1} dimensions {meaning}, got shape {list(tensor.shape)}"
-        )
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    known = (*_ROW_DTYPES, torch.int32, torch.int64, torch.bool)
-    return str(dtype).removeprefix("torch.") if dtype in known else "another dtype"
-
-
-def _expect_dtype(name: str, tensor: Tensor, dtype: torch.dtype, like: str = "") -> None:
-    if tensor.dtype != dtype:
-        raise ValueError(f"{name}: expected dtype {_dtype_name(dtype)}{like}, got {_dtype_name(tensor.dtype)}")
-
-
-def _expect_row_dtype(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in _ROW_DTYPES:
-        raise ValueError(f"{name}: expected dtype float32, bfloat16 or float16, got {_dtype_name(tensor.dtype)}")
-
-
-def _check_heads(query: Tensor, key: Tensor) -> None:
-    if key.shape[1] == 0 or query.shape[1] == 0 or query.shape[1] % key.shape[1]:
-        raise ValueError(
-            f"query: expected a multiple of the {key.shape[1]} kv heads as num_heads, got {query.shape[1]}"
-        )
-
-
-def _check_tokens(key: Tensor, value: Tensor, pad: Tensor | None) -> None:
-    _expect_dims("key", key, "(batch, num_kv_heads, q_len, head_dim)")
-    _expect_row_dtype("key", key)
-    if key.shape[1] == 0 or key.shape[3] == 0:
-        raise ValueError(f"key: expected at least one kv head and one element, got shape {list(key.shape)}")
-    _expect_dtype("value", value, key.dtype, " like key")
-    _expect_shape("value", value, key.shape)
-    if pad is not None:
-        _expect_dtype("pad", pad, torch.int64)
-        _expect_shape("pad", pad, [key.shape[0]])
-
-
-def _check_cache(
-    key: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
-    page_table: Tensor,
-    seen: Tensor,
-    sink_size: Tensor,
-    window_size: Tensor,
-    compensate: Tensor,
-    key_sum: Tensor,
-    value_sum: Tensor,
-) -> None:
-    batch, num_kv_heads, _, head_dim = key.shape
-    _expect_dims("key_pages", key_pages, "(num_pages, page_size, head_dim)")
-    _expect_dtype("key_pages", key_pages, key.dtype, " like key")
-    _expect_shape("key_pages", key_pages, [None, None, head_dim])
-    if key_pages.shape[1] == 0 or key_pages.shape[1] % 16:
-        raise ValueError(f"key_pages: expected a page_size that is a multiple of 16, got {key_pages.shape[1]}")
-    _expect_dtype("value_pages", value_pages, key.dtype, " like key")
-    _expect_shape("value_pages", value_pages, key_pages.shape)
-    for name, tensor, dtype, shape in (
-        ("page_table", page_table, torch.int32, (batch * num_kv_heads, None)),
-        ("seen", seen, torch.int64, (batch,)),
-        ("sink_size", sink_size, torch.int32, (num_kv_heads,)),
-        ("window_size", window_size, torch.int32, (num_kv_heads,)),
-        ("compensate", compensate, torch.bool, (num_kv_heads,)),
-        ("key_sum", key_sum, torch.float32, (batch * num_kv_heads, head_dim)),
-        ("value_sum", value_sum, torch.float32, (batch * num_kv_heads, head_dim)),
-    ):
-        _expect_dtype(name, tensor, dtype)
-        _expect_shape(name, tensor, shape)
-
-
-def _check_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *cache: Tensor,
-    alibi_slopes: Tensor | None = None,
-    pad: Tensor | None = None,
-    scale: float,
-    dense: bool = False,
-) -> None:
-    _expect_dims("query", query, "(batch, num_heads, q_len, head_dim)")
-    _check_tokens(key, value, pad)
-    _expect_dtype("query", query, key.dtype, " like key")
-    _expect_shape("query", query, [key.shape[0], None, key.shape[2], key.shape[3]])
-    _check_heads(query, key)
-    if alibi_slopes is not None:
-        _expect_dtype("alibi_slopes", alibi_slopes, torch.float32)
-        _expect_shape("alibi_slopes", alibi_slopes, [query.shape[1]])
-    _check_cache(key, *cache)
-
-
-def _check_head_scores(query: Tensor, key: Tensor, period: int) -> None:
-    _expect_dims("query", query, "(batch, num_heads, tokens, head_dim)")
-    _expect_dims("key", key, "(batch, num_kv_heads, tokens, head_dim)")
-    _expect_dtype("key", key, query.dtype, " like query")
-    _expect_shape("key", key, [query.shape[0], None, query.shape[2], query.shape[3]])
-    _check_heads(query, key)
-    _expect_row_dtype("query", query)
-    if period < 1:
-        raise ValueError(f"period: expected a value >= 1, got {period}")
-    if (query.shape[2] - 1) % period or (query.shape[2] - 1) // period < 2:
-        raise ValueError(
-            f"query: expected 1 + period * repeats tokens with period {period} and at least 2 repeats, "
-            f"got {query.shape[2]}"
+def _refuse_gradients(op: str, *tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise NotImplementedError(
+            f"razor::{op}: expected inputs that need no gradient, got one that does; call it under torch.no_grad()"
         )
 
 
 def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *cache: Tensor, **options: object) -> Tensor:
-    _check_attention(query, key, value, *cache, **options)  # type: ignore[arg-type]
+    check_attention(query, key, value, *cache, **options)  # type: ignore[arg-type]
     return query.new_empty(query.shape)
 
 
-def check_append(key: Tensor, value: Tensor, *cache: Tensor, pad: Tensor | None = None) -> None:
-    """Raise what `append` would raise for these shapes and dtypes."""
-    _check_tokens(key, value, pad)
-    _check_cache(key, *cache)
-
-
 def _head_scores_fake(query: Tensor, key: Tensor, period: int, *, scale: float) -> tuple[Tensor, Tensor]:
-    _check_head_scores(query, key, period)
+    check_head_scores(query, key, period)
     shape = (query.shape[0], query.shape[1])
     return query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.float32)
 
 
 def _attention_reference(query: Tensor, key: Tensor, value: Tensor, *cache: Tensor, **options: object) -> Tensor:
-    _check_attention(query, key, value, *cache, **options)  # type: ignore[arg-type]
+    check_attention(query, key, value, *cache, **options)  # type: ignore[arg-type]
+    check_values(key, *cache, pad=options.get("pad"), new_tokens=False)  # type: ignore[arg-type]
     return reference.attention(query, key, value, *cache, **options)  # type: ignore[arg-type]
 
 
 def _append_reference(key: Tensor, value: Tensor, *cache: Tensor, pad: Tensor | None = None) -> None:
     check_append(key, value, *cache, pad=pad)
+    check_values(key, *cache, pad=pad, new_tokens=True)
     reference.append(key, value, *cache, pad=pad)
 
 
 def _head_scores_reference(query: Tensor, key: Tensor, period: int, *, scale: float) -> tuple[Tensor, Tensor]:
-    _check_head_scores(query, key, period)
+    check_head_scores(query, key, period)
     return reference.head_scores(query, key, period, scale=scale)
 
 

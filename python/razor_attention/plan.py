@@ -13,7 +13,7 @@ from torch import Tensor
 from .checks import ceil_share, check_dict, check_int, check_share, check_table
 from .files import LayerHeads, PathLike, TwoLists, merge_heads, read_json, write_json
 from .heads import full_gates
-from .reference import FULL
+from .reference import FULL as FULL
 
 _KEYS = ("num_layers", "num_kv_heads", "sink_size", "window_size", "compensate", "window_fraction", "provenance")
 

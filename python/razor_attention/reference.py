@@ -2,7 +2,8 @@
 """What every op means, in plain PyTorch, in float64 where the device has it. Slow; every fast path is compared with it.
 
 Letters: G = num_heads / num_kv_heads query heads of one kv head, N = queries of a block, D = head_dim.
-Shapes and dtypes of the arguments: `ops.py`. Nothing is checked here, and float64 inputs give float64 results.
+Shapes and dtypes of the arguments: `ops.py`. Nothing is checked here, and float64 queries get float64 results of
+`attention`.
 """
 
 from __future__ import annotations

@@ -45,13 +45,13 @@ def razor_attention(
     if layer is not None:
         layer.pending = False  # also if the call is refused below: nothing has been stored
     refuse_unsupported(module, dropout, kwargs)
-    if kwargs.get("use_cache") is False:  # generate would send the whole text again at every step
-        raise ValueError("use_cache: expected True with razor attention, got False")
     if layer is None:
         raise ValueError(
             "past_key_values: expected a RazorCache, got another cache or none; "
             "razor attention never runs uncompressed without saying so"
         )
+    if kwargs.get("use_cache") is False:  # generate would send the whole text again at every step
+        raise ValueError("use_cache: expected True with razor attention, got False")
     if attention_mask is not None and attention_mask.dim() != 2:
         raise NotImplementedError(
             f"attention_mask: expected 2 dimensions (batch, tokens), got shape {list(attention_mask.shape)}; "
@@ -116,9 +116,9 @@ def attach(model: PreTrainedModel, plan: Plan, *, prefill: Prefill = "dense") ->
         ValueError: plan: expected 4 layers x 4 kv heads like the model, got 32 x 8
         NotImplementedError: model: expected one that uses AttentionInterface, got BloomForCausalLM
     """
+    switch = AttentionSwitch(model, "razor")
     if not callable(getattr(model, "generate", None)):
         raise TypeError(f"model: expected one that can generate, got {type(model).__name__}")
-    switch = AttentionSwitch(model, "razor")
     RazorCache(model.config, plan, prefill=prefill)  # refuses what it cannot do before the model is touched
     had_own = vars(model).get("generate")
     generate: Any = model.generate
@@ -127,10 +127,9 @@ def attach(model: PreTrainedModel, plan: Plan, *, prefill: Prefill = "dense") ->
         if kwargs.get("past_key_values") is None:
             prompt = next((x for x in (*args[:1], *map(kwargs.get, _PROMPTS)) if x is not None), None)
             mask = kwargs.get("attention_mask")
+            prompt_len = prompt.shape[1] if isinstance(prompt, Tensor) else None
             if isinstance(mask, Tensor) and mask.dim() == 2:
                 prompt_len = int(mask.sum(1).max())  # padding is no part of a prompt
-            else:
-                prompt_len = prompt.shape[1] if isinstance(prompt, Tensor) else None
             kwargs["past_key_values"] = RazorCache(model.config, plan, prefill=prefill, prompt_len=prompt_len)
         return generate(*args, **kwargs)
 

@@ -41,11 +41,6 @@ class RazorLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         raise NotImplementedError("RazorLayer: expected to be filled through RazorCache.update")
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self.pending:
-            raise RuntimeError(
-                "past_key_values: expected a model that runs razor attention, got one that never attended to the "
-                "RazorCache's keys; use `with attach(model, plan):` or attn_implementation='razor'"
-            )
         self.pending = True
         key_states = key_states[:]  # a fresh object to tag, so that nothing else refers to us
         key_states._razor_layer = self  # type: ignore[attr-defined]
@@ -167,6 +162,11 @@ class RazorCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         layer, first = self.layers[layer_idx], self.layers[0]
+        if first.pending or layer.pending:
+            raise RuntimeError(
+                "past_key_values: expected a model that runs razor attention, got one that never attended to the "
+                "RazorCache's keys; use `with attach(model, plan):` or attn_implementation='razor'"
+            )
         new = key_states.shape[2]
         in_step = (
             layer.columns + new == first.columns if layer_idx else all(x.columns == first.columns for x in self.layers)

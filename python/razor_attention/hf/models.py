@@ -5,10 +5,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +75,27 @@ def check_interface(config_class: Any) -> None:
         for model in models if isinstance(models, tuple) else (models,):
             if not model._can_set_attn_implementation():
                 raise NotImplementedError(f"model: expected one that uses AttentionInterface, got {model.__name__}")
+
+
+def load_geometry(folder: Path) -> tuple[Geometry, torch.dtype]:
+    """Attention sizes and dtype of a local checkpoint, from its configuration alone."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    return geometry(config), getattr(text_config(config), "dtype", None) or torch.float32
+
+
+def load_model(folder: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a local checkpoint, ready to generate; nothing is fetched.
+
+    Raises:
+        ValueError: MODEL: expected a model and its tokenizer in my-model, got ...
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"MODEL: expected a model and its tokenizer in {folder}, got {error}") from error
+    model.eval()  # type: ignore[no-untyped-call]
+    return model, tokenizer
 
 
 class AttentionSwitch:
