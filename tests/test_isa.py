@@ -187,6 +187,14 @@ def test_torch_library_needs_nothing_of_torch_but_its_c_interface() -> None:
     assert any(name.startswith("aoti_torch_") for name in wanted)
 
 
+def test_one_build_serves_torch_2_10() -> None:
+    wanted = {name for _, name in symbols(library("_torch_ops.so"), "-D", "--undefined-only")}
+    wanted = {name for name in wanted if re.match(r"(aoti_)?torch_", name)}
+    exported = set((ROOT / "tests/data/torch_symbols_2_10.txt").read_text().split())
+    assert wanted
+    assert wanted <= exported
+
+
 @pytest.mark.parametrize("name", ["_torch_ops.so", "_core"])
 def test_libraries_find_the_core_next_to_themselves(name: str) -> None:
     path = library(name) if name.endswith(".so") else Path(sys.modules["razor_attention._core"].__file__ or "")

@@ -114,7 +114,9 @@ inline float row_softmax(const AttentionTile& tile, int64_t row) {
   const float before = tile.maximum[row];
   const float tile_maximum = largest.largest();
   const float maximum = before > tile_maximum ? before : tile_maximum;
-  if (maximum == kMinusInfinity) {  // every visible logit is -inf: no weight anywhere
+  bool nan = false;  // the maximum may have lost it; exp has not
+  for (int64_t c = first; maximum == kMinusInfinity && c < last; ++c) nan = nan || logits[c] != logits[c];
+  if (maximum == kMinusInfinity && !nan) {  // every visible logit is -inf: no weight anywhere
     for (int64_t c = 0; c < tile.columns; ++c) logits[c] = 0.0f;
     return 1.0f;
   }

@@ -124,6 +124,8 @@ def attach(model: PreTrainedModel, plan: Plan, *, prefill: Prefill = "dense") ->
     generate: Any = model.generate
 
     def generate_compressed(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("use_cache", True) is None:  # would hide a False in the configuration from the model
+            del kwargs["use_cache"]
         if kwargs.get("past_key_values") is None:
             prompt = next((x for x in (*args[:1], *map(kwargs.get, _PROMPTS)) if x is not None), None)
             mask = kwargs.get("attention_mask")
