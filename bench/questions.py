@@ -95,7 +95,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def make_facts(rng: random.Random, count: int) -> list[Fact]:
     """``count`` facts in which no pair (name, verb) and no pair of neighbouring things occurs twice."""
     if count > len(NAMES) * len(VERBS):
-        raise ValueError(f"at most {len(NAMES) * len(VERBS)} facts have different keys, got {count}")
+        raise ValueError(f"count: expected at most {len(NAMES) * len(VERBS)} facts with different keys, got {count}")
     keys = [divmod(key, len(VERBS)) for key in rng.sample(range(len(NAMES) * len(VERBS)), count)]
     seen: set[tuple[str, str]] = set()
     facts = []
@@ -127,7 +127,9 @@ def haystack(rng: random.Random, facts: list[Fact], length: int, *, last: int = 
     """
     missing = length - FACT_TOKENS * (len(facts) + last)
     if missing < 0:
-        raise ValueError(f"{len(facts) + last} facts do not fit into {length} words")
+        raise ValueError(
+            f"length: expected at least {length - missing} words for {len(facts) + last} facts, got {length}"
+        )
     sentences = [fact.sentence() for fact in facts]
     while missing > 0:
         sentences.append(filler_sentence(rng)[-missing:])
@@ -164,9 +166,9 @@ def make_questions(
     """
     smallest = 1 + 2 * FACT_TOKENS + QUESTION_TOKENS
     if length < smallest:
-        raise ValueError(f"length must be at least {smallest}, got {length}")
+        raise ValueError(f"length: expected at least {smallest} tokens, got {length}")
     if depth is not None and not 0 <= depth <= 1:
-        raise ValueError(f"depth must lie in [0, 1], got {depth}")
+        raise ValueError(f"depth: expected a number in 0..1, got {depth}")
     rng = random.Random(seed)
     ids_of = tokenizer.get_vocab()
     return [_make_question(rng, ids_of, length, depth) for _ in range(count)]

@@ -211,7 +211,7 @@ def test_demo(model, capsys):
     ("words", "message"),
     [
         (["--length", "600"], "length: expected at most 496 tokens for this model, got 600"),
-        (["--length", "9"], "length: expected enough tokens for a question, got 9; length must be at least 18, got 9"),
+        (["--length", "9"], "length: expected at least 18 tokens, got 9"),
         (["--questions", "0"], "--questions: expected an integer >= 1, got '0'"),
         (["--out", "file"], "--out: expected a folder, got the file 'file'"),
     ],

@@ -34,7 +34,6 @@ def heads(arguments: Namespace) -> None:
     plot = _bench("plot").plot_scores if arguments.plot else None
     model, tokenizer = load_model(arguments.model, arguments.dtype)
     scores = find_heads(model, tokenizer, period=arguments.period, repeats=arguments.repeats, seed=arguments.seed)
-    scores.provenance["model"] = arguments.model.resolve().name  # a path means nothing on another machine
     chosen = scores.select(arguments.induction_ratio, arguments.echo_ratio)
     files.save_heads(chosen, arguments.out)
     if arguments.scores:

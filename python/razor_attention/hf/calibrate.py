@@ -7,6 +7,7 @@ import warnings
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -130,7 +131,7 @@ def find_heads(
         induction=induction,
         num_kv_heads=sizes.num_kv_heads,
         provenance={
-            "model": config.name_or_path or type(model).__name__,
+            "model": Path(config.name_or_path or "").name or type(model).__name__,  # a path means nothing elsewhere
             "method": "echo and induction scores",
             "period": period,
             "repeats": repeats,
