@@ -36,7 +36,7 @@ MODEL = Path(__file__).parent / "model"
 
 PERIOD = 500  # tokens of the probe's block; less where the model is shorter
 REPEATS = 4
-INDUCTION_RATIO, ECHO_RATIO = 0.25, 0.01
+INDUCTION_RATIO, ECHO_RATIO = 0.19, 0.01
 SINKS, WINDOW = 4, 64  # tokens that the other heads keep
 COMPENSATE = True
 PREFILL: Prefill = "streaming"
@@ -107,7 +107,7 @@ def run(
         measure(model, asked, methods)
         rows += summary(length, asked, methods)
         if length == lengths[0]:
-            print(side_by_side(tokenizer, asked[0], methods), end="\n\n")
+            print(side_by_side(tokenizer, asked, methods), end="\n\n")
     header = ("length", "method", "exact match", "KV MB", "KV ratio", "prefill s", "decode tokens/s")
     cells = [(*row[:2], f"{row.exact_match:.0%}", row.kv_bytes / 1e6, *row[4:7]) for row in rows]
     print(f"{questions} questions of each length, batches of {min(BATCH, questions)}; KV and prefill of one question")
@@ -205,8 +205,10 @@ def summary(length: int, questions: list[Question], methods: list[Method]) -> li
     return rows
 
 
-def side_by_side(tokenizer: PreTrainedTokenizerBase, question: Question, methods: list[Method]) -> str:
-    """The first question with everybody's answer."""
+def side_by_side(tokenizer: PreTrainedTokenizerBase, questions: list[Question], methods: list[Method]) -> str:
+    """The first question that the full cache answers, with everybody's answer."""
+    number = next((i for i, one in enumerate(questions) if methods[0].answers[i] == one.answer), 0)
+    question = questions[number]
 
     def text(ids: list[int]) -> str:
         return str(tokenizer.decode(ids))
@@ -214,8 +216,8 @@ def side_by_side(tokenizer: PreTrainedTokenizerBase, question: Question, methods
     back = round((1 - question.depth) * (len(question.ids) - 1))
     lines = [(f"wanted, said {back} tokens before", text(question.answer), "")]
     for method in methods:
-        right = "right" if method.answers[0] == question.answer else "wrong"
-        lines.append((method.name.split(" (mean")[0], text(method.answers[0]), right))
+        right = "right" if method.answers[number] == question.answer else "wrong"
+        lines.append((method.name.split(" (mean")[0], text(method.answers[number]), right))
     widths = [max(len(line[i]) for line in lines) for i in range(2)]
     body = "\n".join(f"  {a.ljust(widths[0])}  {b.ljust(widths[1])}  {c}".rstrip() for a, b, c in lines)
     return f"Sample: {text(question.ids[-QUESTION_TOKENS:])}\n{body}"

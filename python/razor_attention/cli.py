@@ -200,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=_folder, default=Path("razor-demo"), help="folder for its files (default: razor-demo)"
     )
     made.add_argument(
-        "--length", type=_integer(1), nargs="+", default=[4096], help="tokens of the prompts (default: 4096)"
+        "--length", type=_integer(1), nargs="+", default=[4096, 8192], help="tokens of the prompts (default: 4096 8192)"
     )
     made.add_argument("--questions", type=_integer(1), default=20, help="of each length (default: 20)")
     made.add_argument("--model", type=_checkpoint, help="folder of another model made by bench/train_model.py")
