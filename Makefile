@@ -27,7 +27,8 @@ format: $(VENV)/.torch $(VENV)/.lint
 	$(VENV)/bin/clang-format -i $(CPP)
 
 bench: $(VENV)/.installed
-	$(RUN) razor_attention.bench.attention
+	$(RUN) razor_attention.bench.attention --question decode --context 8k 32k
+	$(RUN) razor_attention.bench.attention --question prefill --context 8k
 	$(RUN) razor_attention.bench.head_scores
 	$(RUN) razor_attention.bench.memory
 

@@ -376,12 +376,18 @@ def wrong_rows(text: str) -> list[list[str]]:
     return wrong
 
 
-RESULTS = files("bench/results/**/*.csv")
+DEMO_RESULTS = files("bench/results/**/demo.csv")  # answers and bytes: columns of their own
+RESULTS = [path for path in files("bench/results/**/*.csv") if path not in DEMO_RESULTS]
 
 
 @pytest.mark.skipif(not RESULTS, reason="no results yet")
 def test_results_fit_the_schema() -> None:
     assert {name(path): wrong for path in RESULTS if (wrong := wrong_rows(path.read_text()))} == {}
+
+
+def test_demo_results_fit_the_demo() -> None:
+    demo = importlib.import_module("razor_attention.bench.demo")
+    assert {path.read_text().partition("\n")[0] for path in DEMO_RESULTS} <= {",".join(demo.FIELDS)}
 
 
 def test_bench_writes_the_schema() -> None:

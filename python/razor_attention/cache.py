@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 
 import torch
@@ -277,6 +279,13 @@ class LayerCache:
 
 
 def _grown(pages: Tensor, size: int) -> Tensor:
-    grown = pages.new_empty(size, *pages.shape[1:])
+    """A copy of the pool with `size` pages. On the CPU in a mapping of its own: what is not used yet takes no memory,
+    and what is let go returns to the system at once, where the heap would keep pools of other sizes around."""
+    shape = (size, *pages.shape[1:])
+    if pages.device.type == "cpu":
+        memory = mmap.mmap(-1, math.prod(shape) * pages.element_size(), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        grown = torch.frombuffer(memory, dtype=pages.dtype).view(shape)
+    else:
+        grown = pages.new_empty(shape)
     grown[: len(pages)] = pages
     return grown
