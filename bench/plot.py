@@ -81,7 +81,8 @@ def main(argv: list[str] | None = None) -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--results", type=Path, default=RESULTS, help=f"folder of the CSV files (default: {RESULTS})")
     arguments = flags.parse_args(argv)
-    files = sorted(arguments.results.glob("*/*.csv"))
+    # The demo's table has columns of its own, and a picture of its own: scores.png.
+    files = sorted(path for path in arguments.results.glob("*/*.csv") if path.name != "demo.csv")
     if not files:
         flags.error(f"--results: expected <machine>/<question>.csv in it, got none in {arguments.results}")
     for path in files:

@@ -243,6 +243,7 @@ def test_plots(tmp_path, capsys):
     newer = harness.make_row("q", "a", "sdpa", harness.Timing(7.0, 1.0), nbytes=9, on="box")
     path = harness.append_rows([newer], tmp_path)
     assert plot.latest(path)["a"]["sdpa"]["median_us"] == "7.0"
+    (path.parent / "demo.csv").write_text("length,method\n")  # not one of these
     plot.main(["--results", str(tmp_path)])
     assert (tmp_path / "plots" / "box-q.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out == f"{tmp_path}/plots/box-q.png\n"
