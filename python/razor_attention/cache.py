@@ -136,7 +136,7 @@ class LayerCache:
             scale=scale,
             dense=dense,
         )
-        self.append(key, value, pad=pad)
+        self._store(key, value, pad)  # attention has just checked them
         return out
 
     def append(self, key: Tensor, value: Tensor, *, pad: Tensor | None = None) -> None:
@@ -151,6 +151,10 @@ class LayerCache:
             ValueError: as `ops.append`; the cache is then as it was.
         """
         check_append(key, value, *self._tensors(), pad=pad)
+        self._store(key, value, pad)
+
+    def _store(self, key: Tensor, value: Tensor, pad: Tensor | None) -> None:
+        """`append` of tokens whose shapes and dtypes have been checked."""
         before = self.seen.clone()
         taken = self._take_pages(self.seen + (key.shape[2] if pad is None else key.shape[2] - pad))
         try:

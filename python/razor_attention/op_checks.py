@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_TOKENS = 2**48  # of one sequence; kMaxTokens in cpp/razor/kv_cache.h
 
 
 def _expect_shape(name: str, tensor: Tensor, shape: Sequence[int | None]) -> None:
@@ -118,8 +119,8 @@ def check_values(
             if size < 0:
                 raise ValueError(f"{name}: expected values >= 0, got {size} for kv head {h}")
     for b, past in enumerate(seen.tolist()):
-        if not 0 <= past <= 2**48:
-            raise ValueError(f"seen: expected values from 0 to {2**48}, got {past} for sequence {b}")
+        if not 0 <= past <= _MAX_TOKENS:
+            raise ValueError(f"seen: expected values from 0 to {_MAX_TOKENS}, got {past} for sequence {b}")
         skipped = 0 if pad is None else int(pad[b])
         if not 0 <= skipped <= q_len:
             raise ValueError(f"pad: expected values from 0 to {q_len}, got {skipped} for sequence {b}")
