@@ -266,7 +266,9 @@ def test_tokenizer_without_a_prefix_for_this_model(llama, words):
 
 def test_models_that_are_refused():
     bloom = BloomForCausalLM._from_config(BloomConfig(vocab_size=VOCABULARY, hidden_size=48, n_layer=2, n_head=3))
-    message = "model: expected one that uses AttentionInterface, got BloomForCausalLM"
+    message = (
+        "model: expected one without ALiBi, got BloomForCausalLM; its heads have windows instead, see Plan.from_windows"
+    )
     with pytest.raises(NotImplementedError, match=exactly(message)):
         find_heads(bloom, tokenizer(), period=5, repeats=2, progress=False)
     sliding = tiny_model("mistral", sliding_window=16)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """hf/: what is refused, in which words. Nothing may be ignored silently or run uncompressed."""
 
+import copy
 import re
 
 import pytest
@@ -8,7 +9,11 @@ import torch
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    CodeGenConfig,
+    CodeGenForCausalLM,
     DynamicCache,
+    FalconConfig,
+    FalconForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GenerationConfig,
@@ -24,6 +29,7 @@ from razor_attention import Plan, RazorCache, attach
 from razor_attention.hf.attention import razor_attention, razor_mask
 from tiny_models import FULL_PLAN, MIXED, SIZES, answer, logits_by_step, positions, prompts, shared_model, tiny_model
 
+FALCON = {"vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "multi_query": False}
 NEVER_ATTENDED = (
     "past_key_values: expected a model that runs razor attention, got one that never attended to the RazorCache's "
     "keys; use `with attach(model, plan):` or attn_implementation='razor'"
@@ -227,8 +233,8 @@ def test_softcapped_models():
 @pytest.mark.parametrize(
     ("model_class", "config"),
     [
-        (BloomForCausalLM, BloomConfig(vocab_size=96, hidden_size=48, n_layer=2, n_head=3)),
-        (MptForCausalLM, MptConfig(vocab_size=96, d_model=48, n_layers=2, n_heads=3)),
+        (CodeGenForCausalLM, CodeGenConfig(vocab_size=96, n_embd=48, n_layer=2, n_head=3, rotary_dim=8)),
+        (FalconForCausalLM, FalconConfig(**FALCON, alibi=False)),
     ],
 )
 def test_models_that_do_not_use_attention_interface(model_class, config):
@@ -240,10 +246,26 @@ def test_models_that_do_not_use_attention_interface(model_class, config):
     assert model.config._attn_implementation == before
 
 
-def test_bloom_does_not_take_razor_attention_by_name():
-    config = BloomConfig(vocab_size=96, hidden_size=48, n_layer=2, n_head=3)
-    with pytest.raises(NotImplementedError):
-        forward(BloomForCausalLM._from_config(config, attn_implementation="razor"), IDS)
+@pytest.mark.parametrize(
+    ("model_class", "config", "error"),
+    [
+        (BloomForCausalLM, BloomConfig(vocab_size=96, hidden_size=48, n_layer=2, n_head=3), NotImplementedError),
+        (MptForCausalLM, MptConfig(vocab_size=96, d_model=48, n_layers=2, n_heads=3), NotImplementedError),
+        (FalconForCausalLM, FalconConfig(**FALCON, alibi=True), KeyError),  # transformers' own
+    ],
+)
+def test_alibi_models_do_not_take_razor_attention_by_name(model_class, config, error):
+    """Nor by their config's: they would run their own attention with our mask, which is none."""
+    with pytest.raises(error):
+        forward(model_class._from_config(copy.deepcopy(config), attn_implementation="razor"), IDS)
+    model = model_class._from_config(config).eval()
+    with attach(model, Plan.full(2, 3)):
+        pass
+    model.config._attn_implementation_internal = "razor"
+    with refused(
+        NotImplementedError, f"model: expected one that uses AttentionInterface, got {model_class.__name__[:-11]}Model"
+    ):
+        forward(model, IDS)
 
 
 def test_encoder_decoder():

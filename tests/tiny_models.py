@@ -100,7 +100,9 @@ def settle(model: PreTrainedModel) -> PreTrainedModel:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=draw)
-            if "norm" in name:  # q_norm and k_norm take the place of large projections
+            if "norm" in name and "bias" in name:
+                weight.copy_(0.1 * noise)
+            elif "norm" in name or "ln_" in name:  # q_norm and k_norm take the place of large projections
                 weight.copy_((1.6 if name.split(".")[-2] in ("q_norm", "k_norm") else 1.0) + 0.1 * noise)
             elif weight.dim() == 1:
                 weight.copy_(0.3 * noise)

@@ -22,6 +22,7 @@ class AlibiArchitecture:
 
     num_heads: tuple[str, ...]  # names of the number of query heads in a configuration, its own first
     uses_alibi: Callable[[Any], bool] = lambda config: True
+    num_kv_heads: Callable[[Any, int], int] = lambda config, num_heads: num_heads
     scale_slopes: Callable[[Any, Tensor], Tensor] = lambda config, slopes: slopes  # from the paper's, (num_heads,)
 
 
@@ -34,13 +35,22 @@ def _falcon_slopes(config: Any, slopes: Tensor) -> Tensor:
     return slopes.bfloat16().float() / math.sqrt(config.hidden_size // len(slopes))
 
 
+def _falcon_kv_heads(config: Any, num_heads: int) -> int:
+    if getattr(config, "new_decoder_architecture", False):
+        return int(getattr(config, "num_kv_heads", None) or num_heads)
+    return 1 if getattr(config, "multi_query", True) else num_heads
+
+
 # By config.model_type.
 ALIBI_ARCHITECTURES = {
     "bloom": AlibiArchitecture(("n_head", "num_attention_heads")),
     # transformers reads neither attn_config.alibi nor alibi_bias_max: it always adds ALiBi, with the paper's slopes.
     "mpt": AlibiArchitecture(("n_heads", "num_attention_heads")),
     "falcon": AlibiArchitecture(
-        ("num_attention_heads", "n_head"), lambda config: bool(getattr(config, "alibi", False)), _falcon_slopes
+        ("num_attention_heads", "n_head"),
+        lambda config: bool(getattr(config, "alibi", False)),
+        _falcon_kv_heads,
+        _falcon_slopes,
     ),
     # 7B and 13B share a model_type; 7B is rotary and has max_position_embeddings, 13B has model_max_length alone.
     "baichuan": AlibiArchitecture(

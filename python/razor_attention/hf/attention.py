@@ -14,7 +14,10 @@ from transformers.masking_utils import causal_mask_function
 
 from ..plan import Plan
 from .cache import Prefill, RazorCache
+from .forwards import ReplacedForwards
 from .models import AttentionSwitch, check_interface, refuse_unsupported
+
+NEEDS_CACHE = "use_cache: expected True with razor attention, got False"
 
 
 def razor_attention(
@@ -34,7 +37,7 @@ def razor_attention(
         query: (batch, num_heads, q_len, head_dim), f32 | bf16 | f16.
         key: (batch, num_kv_heads, q_len, head_dim), dtype of query; tagged by RazorLayer.update.
         value: (batch, num_kv_heads, q_len, head_dim), dtype of query.
-        attention_mask: (2, batch), int64, from `razor_mask`, or None without padding.
+        attention_mask: what `razor_mask` returned.
         scaling: factor on q.k; None: head_dim ** -0.5.
         dropout: must be 0.
 
@@ -51,14 +54,35 @@ def razor_attention(
             "razor attention never runs uncompressed without saying so"
         )
     if kwargs.get("use_cache") is False:  # generate would send the whole text again at every step
-        raise ValueError("use_cache: expected True with razor attention, got False")
+        raise ValueError(NEEDS_CACHE)
     if attention_mask is not None and attention_mask.dim() != 2:
         raise NotImplementedError(
             f"attention_mask: expected 2 dimensions (batch, tokens), got shape {list(attention_mask.shape)}; "
             "masks prepared by the caller are not supported"
         )
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        attention_mask = padding_counts(attention_mask, query.shape[2])
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in float32
     return layer.attend(query, key, value, attention_mask, scaling).transpose(1, 2), None
+
+
+def padding_counts(mask: Tensor, q_length: int) -> Tensor:
+    """What a cache without padding needs to know of a padding mask.
+
+    Args:
+        mask: (batch, kv_length), bool, False for padding; it must come before the tokens of a call.
+        q_length: new tokens, the last columns.
+
+    Returns:
+        (2, batch), int64: leading padding among the new tokens, and tokens before them.
+
+    Raises:
+        NotImplementedError: attention_mask: expected padding on the left only, got padding after a token
+    """
+    past, new = mask[:, : mask.shape[1] - q_length], mask[:, mask.shape[1] - q_length :]
+    if bool((new[:, 1:] < new[:, :-1]).any()):
+        raise NotImplementedError("attention_mask: expected padding on the left only, got padding after a token")
+    return torch.stack([q_length - new.sum(1), past.sum(1)])
 
 
 def razor_mask(
@@ -69,35 +93,33 @@ def razor_mask(
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     config: PreTrainedConfig | None = None,
+    device: torch.device | None = None,
     **_: Any,
 ) -> Tensor | None:
-    """The mask function registered as "razor": reduces a padding mask to what a cache without padding needs.
+    """The mask function registered as "razor": never builds a map of queries and keys.
 
     Args:
         attention_mask: (batch, kv_length), bool, False for padding; it must come before the tokens of a call.
 
     Returns:
-        (2, batch), int64: leading padding among the new tokens, and tokens before them. None: no mask, no padding.
-
-    Raises:
-        NotImplementedError: attention_mask: expected padding on the left only, got padding after a token
+        (2, batch), int64, see `padding_counts`. None: no mask, no padding. Models whose forwards were replaced
+        (MPT makes booleans of whatever it gets) carry (batch, kv_length), bool, to `razor_attention` instead.
     """
-    if config is not None:
+    replaced = config is not None and isinstance(config._attn_implementation, ReplacedForwards)
+    if config is not None and not replaced:
         check_interface(type(config))  # type: ignore[arg-type]  # typeshed: classes are hashable
-    if mask_function is not causal_mask_function:
+    if mask_function is not causal_mask_function and not replaced:  # older Falcons intersect it with all True
         raise NotImplementedError(
             "attention_mask: expected a plain causal mask, got a sliding, chunked, packed, image or bidirectional one"
         )
     if attention_mask is None:
-        return None
+        return torch.ones(batch_size, kv_length, dtype=torch.bool, device=device) if replaced else None
     if attention_mask.shape != (batch_size, kv_length):
         raise ValueError(
             f"attention_mask: expected shape [{batch_size}, {kv_length}], got {list(attention_mask.shape)}"
         )
-    new = attention_mask[:, kv_length - q_length :].bool()
-    if bool((new[:, 1:] < new[:, :-1]).any()):
-        raise NotImplementedError("attention_mask: expected padding on the left only, got padding after a token")
-    return torch.stack([q_length - new.sum(1), attention_mask[:, : kv_length - q_length].sum(1)])
+    attention_mask = attention_mask.bool()
+    return attention_mask if replaced else padding_counts(attention_mask, q_length)
 
 
 @contextmanager
@@ -108,13 +130,14 @@ def attach(model: PreTrainedModel, plan: Plan, *, prefill: Prefill = "dense") ->
     rule), unless it is given one as `past_key_values`.
 
     Args:
-        model: a decoder model that uses AttentionInterface (Llama, Qwen2, Qwen3, Mistral, ...).
+        model: a decoder model that uses AttentionInterface (Llama, Qwen2, Qwen3, Mistral, ...), or BLOOM, MPT, Falcon
+            with ALiBi.
         plan: policy of every (layer, kv head).
         prefill: "dense" or "streaming", see RazorCache.
 
     Raises:
         ValueError: plan: expected 4 layers x 4 kv heads like the model, got 32 x 8
-        NotImplementedError: model: expected one that uses AttentionInterface, got BloomForCausalLM
+        NotImplementedError: model: expected one that uses AttentionInterface, got CodeGenForCausalLM
     """
     switch = AttentionSwitch(model, "razor")
     if not callable(getattr(model, "generate", None)):
@@ -126,6 +149,10 @@ def attach(model: PreTrainedModel, plan: Plan, *, prefill: Prefill = "dense") ->
     def generate_compressed(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("use_cache", True) is None:  # would hide a False in the configuration from the model
             del kwargs["use_cache"]
+        if kwargs.get("use_cache") is False:
+            raise ValueError(NEEDS_CACHE)
+        if getattr(type(switch.config), "use_cache", True) is False:  # MPT's way to begin with, nobody's choice
+            kwargs["use_cache"] = True
         if kwargs.get("past_key_values") is None:
             prompt = next((x for x in (*args[:1], *map(kwargs.get, _PROMPTS)) if x is not None), None)
             mask = kwargs.get("attention_mask")

@@ -17,7 +17,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..cache import LayerCache
 from ..plan import Plan
-from .models import geometry
+from .alibi import model_slopes
+from .models import geometry, text_config
 
 Prefill = Literal["dense", "streaming"]
 
@@ -153,6 +154,7 @@ class RazorCache(Cache):
             raise TypeError(f"plan: expected a Plan, got {type(plan).__name__}")
         sizes = geometry(config)
         plan.check_model(sizes.num_layers, sizes.num_kv_heads)
+        self._slopes = model_slopes(text_config(config))  # (num_heads,), float32; None: no ALiBi
         self._given = plan if prompt_len is None else plan.resolve(prompt_len)
         self.plan = self._given
         self.page_size = page_size
@@ -189,6 +191,7 @@ class RazorCache(Cache):
                 dtype=value_states.dtype,
                 device=key_states.device,
                 page_size=self.page_size,
+                alibi_slopes=self._slopes,
             )
             layer.is_initialized = True
         return layer.update(key_states, value_states)

@@ -18,6 +18,7 @@ from transformers.masking_utils import causal_mask_function
 
 from .. import ops
 from ..heads import HeadScores, probe_ids
+from .alibi import model_slopes
 from .models import AttentionSwitch, geometry, refuse_unsupported, text_config
 
 
@@ -85,7 +86,7 @@ def find_heads(
     No attention map is built: memory beside the model's own activations is O(tokens).
 
     Args:
-        model: a decoder model that uses AttentionInterface.
+        model: a decoder model that uses AttentionInterface, without ALiBi.
         tokenizer: the model's tokenizer: vocabulary, special tokens and prefix.
         period: tokens before the prompt repeats.
         repeats: copies of the block, at least 2.
@@ -96,11 +97,16 @@ def find_heads(
         Scores of all layers, with the provenance that a plan made from them carries on.
 
     Raises:
-        NotImplementedError: model: expected one that uses AttentionInterface, got BloomForCausalLM
+        NotImplementedError: model: expected one without ALiBi, got BloomForCausalLM; its heads ...
     """
     switch = AttentionSwitch(model, "razor_probe")
     sizes = geometry(model.config)
     config = text_config(model.config)
+    if model_slopes(config) is not None:
+        raise NotImplementedError(
+            f"model: expected one without ALiBi, got {type(model).__name__}; "
+            "its heads have windows instead, see Plan.from_windows"
+        )
     special = set(tokenizer.all_special_ids)
     vocabulary = [i for i in range(min(len(tokenizer), config.vocab_size)) if i not in special]
     ids = probe_ids(vocabulary, _prefix(tokenizer, config.vocab_size), period=period, repeats=repeats, seed=seed)

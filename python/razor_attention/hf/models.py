@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from .alibi import alibi_architecture
+from .forwards import has_forward, replaced_forwards
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +58,12 @@ def geometry(config: PreTrainedConfig) -> Geometry:
             f"config: expected only full_attention layers, got {', '.join(sorted(kinds))}; "
             "such layers keep a window, a state or a shared cache of their own"
         )
-    num_heads = int(text.num_attention_heads)
+    num_heads, alibi = int(text.num_attention_heads), alibi_architecture(text)
+    num_kv_heads = int(getattr(text, "num_key_value_heads", None) or num_heads)
     return Geometry(
         num_layers=int(text.num_hidden_layers),
         num_heads=num_heads,
-        num_kv_heads=int(getattr(text, "num_key_value_heads", None) or num_heads),
+        num_kv_heads=num_kv_heads if alibi is None else alibi.num_kv_heads(text, num_heads),
         head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // num_heads),
     )
 
@@ -102,7 +107,7 @@ class AttentionSwitch:
     """Context manager: a model's decoder uses the attention function `name` inside it, and its own again afterwards.
 
     Raises:
-        NotImplementedError: model: expected one that uses AttentionInterface, got BloomForCausalLM
+        NotImplementedError: model: expected one that uses AttentionInterface, got CodeGenForCausalLM
     """
 
     def __init__(self, model: PreTrainedModel, name: str) -> None:
@@ -121,19 +126,21 @@ class AttentionSwitch:
         self.model.set_attn_implementation(wanted)
 
     def __enter__(self) -> PreTrainedModel:
-        if not self.model._can_set_attn_implementation():
-            raise NotImplementedError(
-                f"model: expected one that uses AttentionInterface, got {type(self.model).__name__}"
-            )
-        try:
-            self._set(self.name)
-        except BaseException:
-            self._set(self.before)
-            raise
+        with ExitStack() as undo:
+            if has_forward(self.config):
+                undo.enter_context(replaced_forwards(self.model, self.config, self.name))
+            elif self.model._can_set_attn_implementation():
+                undo.callback(self._set, self.before)
+                self._set(self.name)
+            else:
+                raise NotImplementedError(
+                    f"model: expected one that uses AttentionInterface, got {type(self.model).__name__}"
+                )
+            self._undo = undo.pop_all()
         return self.model
 
     def __exit__(self, *error: object) -> None:
-        self._set(self.before)
+        self._undo.close()
 
 
 def refuse_unsupported(module: nn.Module, dropout: float, options: dict[str, Any]) -> None:

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AttentionInterface for the ALiBi models that do not use it: BLOOM, MPT and Falcon.
+
+Their attention layers get another forward for a while: the layer's own projections, then `Cache.update`, then an
+attention function that looks after ALiBi itself. Weights and classes stay as they are, and no ALiBi map is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .alibi import alibi_architecture
+
+# query (batch, num_heads, q_len, head_dim), key and value (batch, num_kv_heads, q_len, head_dim)
+_QKV = tuple[Tensor, Tensor, Tensor]
+
+
+class ReplacedForwards(str):
+    """Name of an attention function in a config whose model runs it although its class cannot."""
+
+
+def _attend(
+    module: Any, name: str, qkv: _QKV, cache: Any, mask: Tensor | None, scaling: float, dropout: float, **options: Any
+) -> tuple[Tensor, Any]:
+    """Attention of new tokens by the function `name`: ((batch, q_len, num_heads * head_dim), weights or None)."""
+    query, key, value = qkv
+    if cache is not None:
+        key, value = cache.update(key, value, module.layer_idx)
+    dropout = dropout if module.training else 0.0
+    attention = ALL_ATTENTION_FUNCTIONS[name]
+    out, weights = attention(module, query, key, value, mask, scaling=scaling, dropout=dropout, **options)
+    return out.flatten(2), weights
+
+
+def _bloom(
+    module: Any,
+    name: str,
+    hidden_states: Tensor,
+    residual: Tensor,
+    alibi: Tensor,
+    attention_mask: Tensor | None,
+    layer_past: Any = None,
+    **options: Any,
+) -> tuple[Tensor, Any]:
+    fused = module.query_key_value(hidden_states).unflatten(-1, (-1, 3, module.head_dim))
+    query, key, value = fused.transpose(1, 2).unbind(-2)
+    scaling, dropout = module.inv_norm_factor, module.attention_dropout.p
+    out, weights = _attend(module, name, (query, key, value), layer_past, attention_mask, scaling, dropout, **options)
+    return residual + nn.functional.dropout(module.dense(out), module.hidden_dropout, module.training), weights
+
+
+def _mpt(
+    module: Any,
+    name: str,
+    hidden_states: Tensor,
+    position_bias: Tensor,
+    past_key_values: Any = None,
+    attention_mask: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Any]:
+    fused = module.Wqkv(hidden_states)
+    if module.clip_qkv:
+        fused = fused.clamp(-module.clip_qkv, module.clip_qkv)
+    query, key, value = fused.unflatten(-1, (3, -1, module.head_dim)).transpose(1, 3).unbind(2)
+    scaling, dropout = module.softmax_scale, module.attn_dropout_p
+    out, weights = _attend(
+        module, name, (query, key, value), past_key_values, attention_mask, scaling, dropout, **options
+    )
+    return module.out_proj(out), weights
+
+
+def _falcon(
+    module: Any,
+    name: str,
+    hidden_states: Tensor,
+    alibi: Tensor,
+    attention_mask: Tensor | None,
+    layer_past: Any = None,
+    **options: Any,
+) -> tuple[Tensor, Any]:
+    fused = module.query_key_value(hidden_states).unflatten(-1, (-1, module.head_dim))
+    num_kv_heads = (fused.shape[2] - module.num_heads) // 2
+    # Each kv head's group of queries, its key and its value, in all three of Falcon's layouts.
+    query, key, value = (
+        fused.unflatten(2, (num_kv_heads, -1)).transpose(1, 2).split([module.num_heads // num_kv_heads, 1, 1], 3)
+    )
+    query = query.transpose(2, 3).flatten(1, 2)
+    scaling, dropout = module.inv_norm_factor, module.attention_dropout.p
+    for option in ("position_ids", "position_embeddings"):  # for rotary models
+        options.pop(option, None)
+    out, weights = _attend(
+        module, name, (query, key.squeeze(3), value.squeeze(3)), layer_past, attention_mask, scaling, dropout, **options
+    )
+    return module.dense(out), weights
+
+
+# By config.model_type: the attribute that an attention layer is known by, and its forward.
+_FORWARDS: dict[str, tuple[str, Callable[..., tuple[Tensor, Any]]]] = {
+    "bloom": ("query_key_value", _bloom),
+    "mpt": ("Wqkv", _mpt),
+    "falcon": ("query_key_value", _falcon),
+}
+
+
+def has_forward(config: PreTrainedConfig) -> bool:
+    """Whether models of this configuration need, and have, a forward of ours."""
+    return config.model_type in _FORWARDS and alibi_architecture(config) is not None
+
+
+@contextmanager
+def replaced_forwards(model: PreTrainedModel, config: PreTrainedConfig, name: str) -> Iterator[None]:
+    """Inside this context the model's attention layers call the attention function `name`; then all is as before.
+
+    Raises:
+        NotImplementedError: model: expected 24 attention layers with query_key_value, got 0
+    """
+    projection, forward = _FORWARDS[config.model_type]
+    layers: list[nn.Module] = [module for module in model.modules() if hasattr(module, projection)]
+    if len(layers) != config.num_hidden_layers:
+        raise NotImplementedError(
+            f"model: expected {config.num_hidden_layers} attention layers with {projection}, got {len(layers)}"
+        )
+    before = config._attn_implementation
+    # accelerate's hooks sit in `forward` and call `_old_forward`.
+    places = [(vars(layer), "_old_forward" if "_old_forward" in vars(layer) else "forward") for layer in layers]
+    own = [attributes.get(key) for attributes, key in places]
+    try:
+        for layer, (attributes, key) in zip(layers, places, strict=True):
+            attributes[key] = partial(forward, layer, name)
+        config._attn_implementation_internal = ReplacedForwards(name)
+        yield
+    finally:
+        config._attn_implementation_internal = before
+        for (attributes, key), old in zip(places, own, strict=True):
+            attributes.pop(key, None)
+            if old is not None:
+                attributes[key] = old
