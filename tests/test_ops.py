@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from cases import FULL, Call, Case, before_last_call, same_bits, steps
 from razor_attention import _core, ops
 
+OPS = ["attention", "append", "head_scores", "alibi_windows"]
 POLICY = ((0, FULL, False), (4, 6, True))
 CACHE = (
     "key_pages",
@@ -33,6 +35,10 @@ WRITTEN = {"key_pages", "value_pages", "seen", "key_sum", "value_sum"}
 
 def arguments(op: str, dtype: str = "float32", dense: bool = False) -> dict[str, Any]:
     """Good ones: batch 2, 2 kv heads, 4 heads, 3 new tokens after 20, head_dim 8, page_size 16."""
+    if op == "alibi_windows":
+        numbers = {"theta": 1e-5, "alpha": 100.0, "method": "msmodelslim"}
+        heads = {"slopes": torch.tensor([0.5, 0.25]), "bound": torch.tensor([0.0, 1.5])}
+        return {"query": torch.randn(5, 2, 8), "key": torch.randn(7, 2, 8), **heads, **numbers}
     if op == "head_scores":
         return {"query": torch.randn(2, 4, 7, 8), "key": torch.randn(2, 2, 7, 8), "period": 3, "scale": 0.3}
     calls = (Call(20), Call(3, (0, 2), dense))
@@ -51,14 +57,14 @@ def mapped(args: dict[str, Any], change: Callable[[Tensor], Any]) -> dict[str, A
 
 def positional(op: str, args: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     """The reference and the fakes take the cache's tensors by position."""
-    keywords = {"alibi_slopes", "pad", "scale", "dense"} & set(args)
+    keywords = {"alibi_slopes", "pad", "scale", "dense", "theta", "alpha", "method"} & set(args)
     return [value for name, value in args.items() if name not in keywords], {name: args[name] for name in keywords}
 
 
 # Schemas, fakes, compilation, gradients.
 
 
-@pytest.mark.parametrize("op", ["attention", "append", "head_scores"])
+@pytest.mark.parametrize("op", OPS)
 def test_schema(op: str) -> None:
     schema = getattr(torch.ops.razor, op).default._schema
     wrapper = inspect.signature(getattr(ops, op)).parameters
@@ -73,7 +79,7 @@ def test_schema(op: str) -> None:
     assert by_numpy == list(wrapper)
 
 
-@pytest.mark.parametrize("op", ["attention", "append", "head_scores"])
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("device", ["CPU", "CUDA", "MPS", "XPU", "PrivateUse1", "Meta"])
 def test_every_device_has_an_implementation(op: str, device: str) -> None:
     assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"razor::{op}", device)
@@ -81,14 +87,15 @@ def test_every_device_has_an_implementation(op: str, device: str) -> None:
 
 @pytest.mark.parametrize(
     ("op", "options"),
-    [(op, kind) for op in ("attention", "append", "head_scores") for kind in ("", "bare")]
+    [(op, kind) for op in OPS for kind in ("", "bare")]
     + [("attention", kind) for kind in ("float16", "bfloat16", "dense")],
 )
 def test_opcheck(op: str, options: str) -> None:
     dtype = options if options in ("float16", "bfloat16") else "float32"
     args = arguments(op, dtype, dense=options == "dense")
     if options == "bare":
-        args = mapped(args, torch.nan_to_num) | {name: None for name in ("pad", "alibi_slopes") if name in args}
+        left_out = {"pad", "alibi_slopes", "bound"} & set(args)
+        args = mapped(args, torch.nan_to_num) | dict.fromkeys(left_out)
     inputs, keywords = positional(op, args)
     torch.library.opcheck(getattr(torch.ops.razor, op).default, tuple(inputs), keywords)
 
@@ -204,6 +211,32 @@ MISTAKES = [
       for period in (4, 6, 7, 100)),
     ("head_scores", "*", lambda t: t[:, :, :0],
      "query: expected 1 + period * repeats tokens with period 3 and at least 2 repeats, got 0"),
+    ("alibi_windows", "query", lambda t: t[0],
+     "query: expected 3 dimensions (q_rows, num_heads, cols), got shape [2, 8]"),
+    ("alibi_windows", "key", lambda t: t[None],
+     "key: expected 3 dimensions (k_rows, num_heads, cols), got shape [1, 7, 2, 8]"),
+    ("alibi_windows", "*", lambda t: t.double(), f"query: {ROWS} another dtype"),
+    ("alibi_windows", "key", lambda t: t.half(), "key: expected dtype float32 like query, got float16"),
+    ("alibi_windows", "key", lambda t: t[:, :1], "key: expected shape [any, 2, 8], got [7, 1, 8]"),
+    ("alibi_windows", "key", lambda t: t[..., :6], "key: expected shape [any, 2, 8], got [7, 2, 6]"),
+    ("alibi_windows", "query", lambda t: t[:0],
+     "query: expected at least one row, head and column, got shape [0, 2, 8]"),
+    ("alibi_windows", "query", lambda t: t[:, :0],
+     "query: expected at least one row, head and column, got shape [5, 0, 8]"),
+    ("alibi_windows", "query", lambda t: t[..., :0],
+     "query: expected at least one row, head and column, got shape [5, 2, 0]"),
+    ("alibi_windows", "key", lambda t: t[:0], "key: expected at least one row, head and column, got shape [0, 2, 8]"),
+    ("alibi_windows", "slopes", lambda t: t.double(), "slopes: expected dtype float32, got another dtype"),
+    ("alibi_windows", "slopes", lambda t: t[:1], "slopes: expected shape [2], got [1]"),
+    ("alibi_windows", "slopes", lambda t: t[None], "slopes: expected shape [2], got [1, 2]"),
+    ("alibi_windows", "bound", lambda t: t.half(), "bound: expected dtype float32, got float16"),
+    ("alibi_windows", "bound", lambda t: t.repeat(2), "bound: expected shape [2], got [4]"),
+    *(("alibi_windows", "theta", lambda _, theta=theta: theta, f"theta: expected a value > 0 and <= 1, got {text}")
+      for theta, text in ((0.0, "0"), (-1e-5, "-1e-05"), (1.5, "1.5"), (math.nan, "nan"), (-math.nan, "nan"))),
+    *(("alibi_windows", "alpha", lambda _, alpha=alpha: alpha, f"alpha: expected a finite value >= 0, got {text}")
+      for alpha, text in ((-1.0, "-1"), (math.inf, "inf"), (-math.inf, "-inf"), (math.nan, "nan"))),
+    ("alibi_windows", "method", lambda _: "theorem", "method: expected msmodelslim or per_head, got theorem"),
+    ("alibi_windows", "method", lambda _: "", "method: expected msmodelslim or per_head, got "),
 ]  # fmt: skip
 
 
@@ -223,7 +256,7 @@ def at_door(door: str, op: str, args: dict[str, Any]) -> Any:
     return getattr(ops, f"_{op}_reference")(*inputs, **keywords)
 
 
-@pytest.mark.parametrize("op", ["attention", "append", "head_scores"])
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("door", ["torch", "numpy", "meta", "reference"])
 def test_good_arguments_pass(door: str, op: str) -> None:
     at_door(door, op, arguments(op))
@@ -256,6 +289,8 @@ STRIDED = [
     ("append", "window_size", "a contiguous array, got stride 0 in dimension 0", lambda t: t[:1].expand(2)),
     ("append", "value_sum", "a contiguous array, got stride 4 in dimension 1", lambda t: t.T.contiguous().T),
     ("attention", "alibi_slopes", "a contiguous array, got stride 2 in dimension 0", lambda t: t.repeat(2)[::2]),
+    ("alibi_windows", "slopes", "a contiguous array, got stride 2 in dimension 0", lambda t: t.repeat(2)[::2]),
+    ("alibi_windows", "bound", "a contiguous array, got stride 0 in dimension 0", lambda t: t[:1].expand(2)),
 ]
 VALUES = [
     ("sink_size", [0, -4], "sink_size: expected values >= 0, got -4 for kv head 1"),
@@ -288,6 +323,37 @@ def test_value_that_kernels_do_not_take(door: str, op: str, name: str, values: l
     args = spoiled(op, name, lambda t: torch.tensor(values, dtype=t.dtype))
     with pytest.raises(ValueError, match=f"^{re.escape(message)}\\Z"):
         at_door(door, op, args)
+
+
+WEIGHTS = [  # not known without the values: the fake passes them
+    ("slopes", [0.5, 0.0], "slopes: expected values > 0, got 0 for head 1"),
+    ("slopes", [-0.25, 0.5], "slopes: expected values > 0, got -0.25 for head 0"),
+    ("slopes", [math.nan, 0.5], "slopes: expected values > 0, got nan for head 0"),
+    ("slopes", [-math.nan, 0.5], "slopes: expected values > 0, got nan for head 0"),
+    ("slopes", [0.5, math.inf], "slopes: expected finite values, got inf for head 1"),
+    ("slopes", [0.5, 1e-30], "slopes: expected windows within int64, got 8.99871e+31 for head 1"),
+    ("bound", [1.0, -1.0], "bound: expected finite values >= 0, got -1 for head 1"),
+    ("bound", [math.inf, 0.0], "bound: expected finite values >= 0, got inf for head 0"),
+    ("bound", [math.nan, 0.0], "bound: expected finite values >= 0, got nan for head 0"),
+    ("query", [[[1.0, 0.0], [math.inf, 1.0]]], "query: expected finite products with key, got inf in head 1"),
+]
+
+
+@pytest.mark.parametrize("door", ["torch", "numpy", "reference"])
+@pytest.mark.parametrize(("name", "values", "message"), WEIGHTS, ids=[m[2] for m in WEIGHTS])
+def test_value_that_gives_no_window(door: str, name: str, values: list[Any], message: str) -> None:
+    args = arguments("alibi_windows") | {"query": torch.ones(1, 2, 2), "key": torch.ones(1, 2, 2)}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}\\Z"):
+        at_door(door, "alibi_windows", args | {name: torch.tensor(values)})
+
+
+@pytest.mark.parametrize("door", ["torch", "numpy", "reference"])
+@pytest.mark.parametrize(("value", "text"), [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf")])
+def test_per_head_ignores_no_product(door: str, value: float, text: str) -> None:
+    args = arguments("alibi_windows") | {"query": torch.ones(1, 2, 2), "key": torch.ones(1, 2, 2), "method": "per_head"}
+    args["query"][0, 1, 0] = value
+    with pytest.raises(ValueError, match=f"^query: expected finite products with key, got {text} in head 1$"):
+        at_door(door, "alibi_windows", args)
 
 
 def test_the_error_that_append_documents() -> None:

@@ -319,7 +319,7 @@ def public() -> Iterator[tuple[str, Callable[..., Any], str]]:
             yield key, thing, thing.__doc__ or ""
 
 
-OPS = ("attention", "append", "head_scores")
+OPS = ("attention", "append", "head_scores", "alibi_windows")
 
 
 @pytest.mark.parametrize(("function", "doc"), [pytest.param(f, d, id=key) for key, f, d in public()])
@@ -331,12 +331,14 @@ def test_public_docstrings_have_all_parts(function: Callable[..., Any], doc: str
 
 # Header or kernel file -> the test file that runs it, and a word there that says so.
 UNDER_TEST = {
+    "alibi_windows.h": ("test_alibi_windows.py", "alibi_windows"),
     "attention.h": ("test_attention.py", "LayerCache"),
     "check.h": ("test_ops.py", "ValueError"),
     "cpu/attention-inl.h": ("test_attention.py", "LayerCache"),
     "cpu/isa.h": ("test_isa.py", "RAZOR_ISA"),
     "cpu/kernels.h": ("test_isa.py", "RAZOR_ISA"),
     "cpu/kv_rows-inl.h": ("test_kv_cache.py", "append"),
+    "cpu/products-inl.h": ("test_alibi_windows.py", "alibi_windows"),
     "cpu/vec_avx2.h": ("test_isa.py", "avx2"),
     "cpu/vec_avx512.h": ("test_isa.py", "avx512"),
     "cpu/vec_scalar.h": ("test_isa.py", "scalar"),

@@ -8,7 +8,9 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <string_view>
 
+#include "razor/alibi_windows.h"
 #include "razor/attention.h"
 #include "razor/check.h"
 #include "razor/head_scores.h"
@@ -224,6 +226,43 @@ inline HeadScoresParams head_scores_params(const Array& query, const Array& key,
           .period = period,
           .format = format_of(query),
           .scale = static_cast<float>(scale)};
+}
+
+// Everything but `windows` and `largest_bound`.
+inline AlibiWindowsParams alibi_windows_params(const Array& query, const Array& key, const Array& slopes,
+                                               const std::optional<Array>& bound, double theta, double alpha,
+                                               std::string_view method) {
+  expect_dims(query, 3, "(q_rows, num_heads, cols)");
+  expect_dims(key, 3, "(k_rows, num_heads, cols)");
+  const KvFormat format = format_of(query);
+  expect_like(key, query);
+  RAZOR_CHECK(!is_empty(query), "query: expected at least one row, head and column, got shape ", query.shape());
+  expect_shape(key, {kAny, query.sizes[1], query.sizes[2]});
+  RAZOR_CHECK(!is_empty(key), "key: expected at least one row, head and column, got shape ", key.shape());
+  expect_dtype(slopes, DType::kFloat32);
+  expect_shape(slopes, {query.sizes[1]});
+  expect_contiguous(slopes);
+  if (bound) {
+    expect_dtype(*bound, DType::kFloat32);
+    expect_shape(*bound, {query.sizes[1]});
+    expect_contiguous(*bound);
+  }
+  return {.query = query.data,
+          .key = key.data,
+          .slopes = static_cast<const float*>(slopes.data),
+          .bound = bound ? static_cast<const float*>(bound->data) : nullptr,
+          .windows = nullptr,
+          .largest_bound = nullptr,
+          .query_stride = {query.strides[0], query.strides[1], query.strides[2]},
+          .key_stride = {key.strides[0], key.strides[1], key.strides[2]},
+          .q_rows = query.sizes[0],
+          .k_rows = key.sizes[0],
+          .num_heads = query.sizes[1],
+          .cols = query.sizes[2],
+          .format = format,
+          .theta = theta,
+          .alpha = alpha,
+          .method = window_method(method)};
 }
 
 }  // namespace razor::bindings

@@ -120,6 +120,25 @@ std::pair<py::array, py::array> head_scores(const py::array& query, const py::ar
   return {echo, induction};
 }
 
+std::pair<py::array, py::array> alibi_windows(const py::array& query, const py::array& key, const py::array& slopes,
+                                              const std::optional<py::array>& bound, double theta, double alpha,
+                                              const std::string& method) {
+  const Described q("query", query), k("key", key), s("slopes", slopes);
+  std::optional<Described> before;
+  if (bound) before.emplace("bound", *bound);
+  razor::AlibiWindowsParams params =
+      razor::bindings::alibi_windows_params(q.array, k.array, s.array, optional_array(before), theta, alpha, method);
+  py::array_t<int64_t> windows(params.num_heads);
+  py::array_t<float> largest_bound(params.num_heads);
+  params.windows = windows.mutable_data();
+  params.largest_bound = largest_bound.mutable_data();
+  {
+    py::gil_scoped_release release;
+    razor::alibi_windows(params, razor::serial_for);
+  }
+  return {windows, largest_bound};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -136,4 +155,7 @@ PYBIND11_MODULE(_core, m) {
         "See razor_attention.ops.append; numpy arrays instead of tensors, changed in place.");
   m.def("head_scores", &head_scores, py::arg("query"), py::arg("key"), py::arg("period"), py::kw_only(),
         py::arg("scale"), "See razor_attention.ops.head_scores; numpy arrays instead of tensors.");
+  m.def("alibi_windows", &alibi_windows, py::arg("query"), py::arg("key"), py::arg("slopes"),
+        py::arg("bound") = py::none(), py::kw_only(), py::arg("theta"), py::arg("alpha"), py::arg("method"),
+        "See razor_attention.ops.alibi_windows; numpy arrays instead of tensors.");
 }

@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "array_args.h"
@@ -96,6 +97,18 @@ std::tuple<Tensor, Tensor> head_scores(Tensor query, Tensor key, int64_t period,
   return {echo, induction};
 }
 
+std::tuple<Tensor, Tensor> alibi_windows(Tensor query, Tensor key, Tensor slopes, std::optional<Tensor> bound,
+                                         double theta, double alpha, std::string method) {
+  razor::AlibiWindowsParams params = razor::bindings::alibi_windows_params(
+      array("query", query), array("key", key), array("slopes", slopes), array("bound", bound), theta, alpha, method);
+  Tensor windows = torch::stable::new_empty(query, {params.num_heads}, ScalarType::Long);
+  Tensor largest_bound = torch::stable::new_empty(query, {params.num_heads}, ScalarType::Float);
+  params.windows = static_cast<int64_t*>(windows.data_ptr());
+  params.largest_bound = static_cast<float*>(largest_bound.data_ptr());
+  razor::alibi_windows(params, torch_parallel_for_razor);
+  return {windows, largest_bound};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(razor, m) {
@@ -108,10 +121,14 @@ STABLE_TORCH_LIBRARY(razor, m) {
       "Tensor(c!) seen, Tensor sink_size, Tensor window_size, Tensor compensate, Tensor(d!) key_sum, "
       "Tensor(e!) value_sum, *, Tensor? pad=None) -> ()");
   m.def("head_scores(Tensor query, Tensor key, int period, *, float scale) -> (Tensor echo, Tensor induction)");
+  m.def(
+      "alibi_windows(Tensor query, Tensor key, Tensor slopes, Tensor? bound=None, *, float theta, float alpha, "
+      "str method) -> (Tensor windows, Tensor bound)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(razor, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("append", TORCH_BOX(&append));
   m.impl("head_scores", TORCH_BOX(&head_scores));
+  m.impl("alibi_windows", TORCH_BOX(&alibi_windows));
 }

@@ -44,3 +44,13 @@ def append(
 def head_scores(
     query: Array, key: Array, period: int, *, scale: float
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
+def alibi_windows(
+    query: Array,
+    key: Array,
+    slopes: NDArray[np.float32],
+    bound: NDArray[np.float32] | None = None,
+    *,
+    theta: float,
+    alpha: float,
+    method: str,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]: ...

@@ -7,6 +7,7 @@ The CPU has its own checks in cpp/bindings/array_args.h (shapes, dtypes) and in 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -172,6 +173,44 @@ def check_head_scores(query: Tensor, key: Tensor, period: int) -> None:
             f"query: expected 1 + period * repeats tokens with period {period} and at least 2 repeats, "
             f"got {query.shape[2]}"
         )
+
+
+def check_alibi_windows(
+    query: Tensor, key: Tensor, slopes: Tensor, bound: Tensor | None, *, theta: float, alpha: float, method: str
+) -> None:
+    """Raise what `alibi_windows` would raise for these shapes, dtypes and numbers."""
+    _expect_dims("query", query, "(q_rows, num_heads, cols)")
+    _expect_dims("key", key, "(k_rows, num_heads, cols)")
+    _expect_row_dtype("query", query)
+    _expect_dtype("key", key, query.dtype, " like query")
+    if 0 in query.shape:
+        raise ValueError(f"query: expected at least one row, head and column, got shape {list(query.shape)}")
+    _expect_shape("key", key, [None, query.shape[1], query.shape[2]])
+    if 0 in key.shape:
+        raise ValueError(f"key: expected at least one row, head and column, got shape {list(key.shape)}")
+    _expect_dtype("slopes", slopes, torch.float32)
+    _expect_shape("slopes", slopes, [query.shape[1]])
+    if bound is not None:
+        _expect_dtype("bound", bound, torch.float32)
+        _expect_shape("bound", bound, [query.shape[1]])
+    if method not in ("msmodelslim", "per_head"):
+        raise ValueError(f"method: expected msmodelslim or per_head, got {method}")
+    if not 0 < theta <= 1:
+        raise ValueError(f"theta: expected a value > 0 and <= 1, got {theta:g}")
+    if not 0 <= alpha < math.inf:
+        raise ValueError(f"alpha: expected a finite value >= 0, got {alpha:g}")
+
+
+def check_slopes_and_bound(slopes: Tensor, bound: Tensor | None) -> None:
+    """Raise what `alibi_windows` would raise for these values."""
+    for h, slope in enumerate(slopes.tolist()):
+        if not slope > 0:
+            raise ValueError(f"slopes: expected values > 0, got {slope:g} for head {h}")
+        if slope == math.inf:
+            raise ValueError(f"slopes: expected finite values, got inf for head {h}")
+    for h, value in enumerate([] if bound is None else bound.tolist()):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"bound: expected finite values >= 0, got {value:g} for head {h}")
 
 
 def check_append(key: Tensor, value: Tensor, *cache: Tensor, pad: Tensor | None = None) -> None:

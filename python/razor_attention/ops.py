@@ -12,7 +12,14 @@ from torch import Tensor
 
 from . import reference
 from ._native import load_torch_ops
-from .op_checks import check_append, check_attention, check_head_scores, check_values
+from .op_checks import (
+    check_alibi_windows,
+    check_append,
+    check_attention,
+    check_head_scores,
+    check_slopes_and_bound,
+    check_values,
+)
 
 
 def attention(
@@ -168,6 +175,48 @@ def head_scores(query: Tensor, key: Tensor, period: int, *, scale: float | None 
     return torch.ops.razor.head_scores(query, key, period, scale=scale)  # type: ignore[no-any-return]
 
 
+def alibi_windows(
+    query: Tensor,
+    key: Tensor,
+    slopes: Tensor,
+    bound: Tensor | None = None,
+    *,
+    theta: float,
+    alpha: float,
+    method: str,
+) -> tuple[Tensor, Tensor]:
+    """Windows of ALiBi heads from one layer's query and key projections, or from all layers up to this one.
+
+    With `S_h = Q_h K_h^T` over all rows, `bound_h = max(bound of the layers before, sqrt(max S_h), 0)`; S is not built.
+    `msmodelslim`: `trunc(((bound_h + ln theta) + alpha) / slope_h)`, rounded to float32 at every step like that tool;
+    while `bound_h` is 0, `float(ln theta + alpha) * float(1 / slope_h)`. A head of a layer with NaN among its products
+    is ignored, windows may be negative. `per_head`: `ceil((bound_h - ln theta + alpha) / slope_h)`, kept within
+    1..2**31 - 1. Neither is RazorAttention's Theorem 1, where `2 |W_Q W_K| (|gamma|^2 + |b|^2)` stands for the bound:
+    the root of one product bounds no logit, and alpha is the margin for that.
+
+    Args:
+        query: (q_rows, num_heads, cols), f32 | bf16 | f16, all strides free. True heads of a weight [out, in] are
+            `weight.view(num_heads, head_dim, in).permute(2, 0, 1)`.
+        key: (k_rows, num_heads, cols), dtype of query.
+        slopes: (num_heads,), float32, logit per token of distance, > 0.
+        bound: (num_heads,), float32, what the call for the layer before returned; None: this layer is the first.
+        theta: share of attention that may be lost, > 0 and <= 1.
+        alpha: margin, a logit, >= 0.
+        method: msmodelslim or per_head.
+
+    Returns:
+        (windows, bound): (num_heads,), int64, tokens; (num_heads,), float32.
+
+    Raises:
+        ValueError: query: expected finite products with key, got inf in head 3
+        NotImplementedError: razor::alibi_windows: expected inputs that need no gradient, got one that does
+    """
+    _refuse_gradients("alibi_windows", query, key)
+    return torch.ops.razor.alibi_windows(  # type: ignore[no-any-return]
+        query, key, slopes, bound, theta=theta, alpha=alpha, method=method
+    )
+
+
 def _scale(query: Tensor) -> float:
     """head_dim ** -0.5; of a query without head_dim anything, since the op refuses it."""
     return float(max(query.shape[-1] if query.dim() else 1, 1) ** -0.5)
@@ -191,6 +240,13 @@ def _head_scores_fake(query: Tensor, key: Tensor, period: int, *, scale: float) 
     return query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.float32)
 
 
+def _alibi_windows_fake(
+    query: Tensor, key: Tensor, slopes: Tensor, bound: Tensor | None = None, *, theta: float, alpha: float, method: str
+) -> tuple[Tensor, Tensor]:
+    check_alibi_windows(query, key, slopes, bound, theta=theta, alpha=alpha, method=method)
+    return query.new_empty(query.shape[1], dtype=torch.int64), query.new_empty(query.shape[1], dtype=torch.float32)
+
+
 def _attention_reference(query: Tensor, key: Tensor, value: Tensor, *cache: Tensor, **options: object) -> Tensor:
     check_attention(query, key, value, *cache, **options)  # type: ignore[arg-type]
     check_values(key, *cache, pad=options.get("pad"), new_tokens=False)  # type: ignore[arg-type]
@@ -208,12 +264,21 @@ def _head_scores_reference(query: Tensor, key: Tensor, period: int, *, scale: fl
     return reference.head_scores(query, key, period, scale=scale)
 
 
+def _alibi_windows_reference(
+    query: Tensor, key: Tensor, slopes: Tensor, bound: Tensor | None = None, *, theta: float, alpha: float, method: str
+) -> tuple[Tensor, Tensor]:
+    check_alibi_windows(query, key, slopes, bound, theta=theta, alpha=alpha, method=method)
+    check_slopes_and_bound(slopes, bound)
+    return reference.alibi_windows(query, key, slopes, bound, theta=theta, alpha=alpha, method=method)
+
+
 load_torch_ops()
 _library = torch.library.Library("razor", "IMPL")  # type: ignore[no-untyped-call]
 for _name, _reference, _fake in (
     ("attention", _attention_reference, _attention_fake),
     ("append", _append_reference, check_append),
     ("head_scores", _head_scores_reference, _head_scores_fake),
+    ("alibi_windows", _alibi_windows_reference, _alibi_windows_fake),
 ):
     _library.impl(_name, _reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"razor::{_name}", _fake, lib=_library)

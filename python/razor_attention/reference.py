@@ -2,8 +2,8 @@
 """What every op means, in plain PyTorch, in float64 where the device has it. Slow; every fast path is compared with it.
 
 Letters: G = num_heads / num_kv_heads query heads of one kv head, N = queries of a block, D = head_dim.
-Shapes and dtypes of the arguments: `ops.py`. Nothing is checked here, and float64 queries get float64 results of
-`attention`.
+Shapes and dtypes of the arguments: `ops.py`. Nothing is checked here but what only the result shows, and float64
+queries get float64 results of `attention`.
 """
 
 from __future__ import annotations
@@ -153,3 +153,31 @@ def head_scores(query: Tensor, key: Tensor, period: int, *, scale: float) -> tup
                 echo[b, h] += (attn * copies).sum() / (n - period)
                 induction[b, h] += (attn[:, 1:] * copies[:, :-1]).sum() / (n - period)  # on the token after the copy
     return echo, induction
+
+
+def alibi_windows(
+    query: Tensor, key: Tensor, slopes: Tensor, bound: Tensor | None, *, theta: float, alpha: float, method: str
+) -> tuple[Tensor, Tensor]:
+    """Window of every head with this layer, and the bound behind it; see `ops.alibi_windows`."""
+    log_theta = torch.tensor(theta, dtype=torch.float64).log().item()
+    windows, bounds = [], []
+    for h, slope in enumerate(slopes):
+        k = _double(key[:, h])
+        blocks = [(_double(query[i : i + 512, h]) @ k.T).max() for i in range(0, len(query), 512)]
+        largest = torch.stack(blocks).max().float()  # NaN if one product is
+        if largest == torch.inf or (method == "per_head" and not largest.isfinite()):
+            raise ValueError(f"query: expected finite products with key, got {largest.item():g} in head {h}")
+        before = torch.zeros_like(slope) if bound is None else bound[h]
+        after = torch.maximum(before, largest.sqrt()) if largest > 0 else before
+        if method == "per_head":
+            exact = (after.item() - log_theta + alpha) / slope.item()
+            window = min(max(int(-(-exact // 1)), 1), FULL)
+        else:  # float32 step by step; torch takes the reciprocal of the slope where the sum is a number
+            numerator = after + log_theta + alpha if after > 0 else log_theta + alpha
+            exact = (numerator / slope).item()
+            if not abs(exact) < 2**63:
+                raise ValueError(f"slopes: expected windows within int64, got {exact:g} for head {h}")
+            window = int(exact)
+        windows.append(window)
+        bounds.append(after)
+    return torch.tensor(windows, device=query.device), torch.stack(bounds)

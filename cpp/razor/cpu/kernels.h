@@ -29,6 +29,21 @@ struct AttentionTile {
   KvFormat format;
 };
 
+inline constexpr int64_t kMostPanelRows = 64;  // rows that a kernel packs together
+
+// Left rows against right rows, for the largest of their products.
+struct ProductBlock {
+  const void* left;                         // [left_rows, cols] of format
+  const void* right;                        // [right_rows, cols] of format
+  float* scratch;                           // [product_scratch(left_rows, cols)], at a multiple of 64 bytes
+  int64_t left_stride[2], right_stride[2];  // elements: row, column
+  int64_t left_rows, right_rows, cols;      // at least 1 each
+  KvFormat format;
+};
+
+// Elements of scratch: the packed left rows and one panel of right rows.
+constexpr int64_t product_scratch(int64_t left_rows, int64_t cols) { return (left_rows + 2 * kMostPanelRows) * cols; }
+
 struct Kernels {
   void (*attention_tile)(const AttentionTile& tile);
   void (*score_tile)(const AttentionTile& tile);  // maximum and sum only
@@ -39,6 +54,8 @@ struct Kernels {
   // row[i] = factor * in[i], rounded to nearest even
   void (*store_row)(const float* in, int64_t head_dim, KvFormat format, float factor, void* row);
   float (*dot)(const float* query, const void* key, int64_t head_dim, KvFormat format);
+  // max over i, j of left_i . right_j in float32, NaN if one of them is
+  float (*largest_product)(const ProductBlock& block);
 };
 
 extern const Kernels kernels_scalar;

@@ -4,6 +4,7 @@
 // After Vec, which they are written against.
 #include "razor/cpu/attention-inl.h"
 #include "razor/cpu/kv_rows-inl.h"
+#include "razor/cpu/products-inl.h"
 
 namespace razor::cpu {
 const Kernels kernels_avx2 = {.attention_tile = avx2::attention_tile,
@@ -11,5 +12,6 @@ const Kernels kernels_avx2 = {.attention_tile = avx2::attention_tile,
                               .add_rows = avx2::add_rows,
                               .load_row = avx2::load_row,
                               .store_row = avx2::store_row,
-                              .dot = avx2::dot};
+                              .dot = avx2::dot,
+                              .largest_product = avx2::largest_product};
 }  // namespace razor::cpu

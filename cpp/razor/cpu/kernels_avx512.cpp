@@ -4,6 +4,7 @@
 // After Vec, which they are written against.
 #include "razor/cpu/attention-inl.h"
 #include "razor/cpu/kv_rows-inl.h"
+#include "razor/cpu/products-inl.h"
 
 namespace razor::cpu {
 const Kernels kernels_avx512 = {.attention_tile = avx512::attention_tile,
@@ -11,5 +12,6 @@ const Kernels kernels_avx512 = {.attention_tile = avx512::attention_tile,
                                 .add_rows = avx512::add_rows,
                                 .load_row = avx512::load_row,
                                 .store_row = avx512::store_row,
-                                .dot = avx512::dot};
+                                .dot = avx512::dot,
+                                .largest_product = avx512::largest_product};
 }  // namespace razor::cpu

@@ -4,6 +4,7 @@
 // After Vec, which they are written against.
 #include "razor/cpu/attention-inl.h"
 #include "razor/cpu/kv_rows-inl.h"
+#include "razor/cpu/products-inl.h"
 
 namespace razor::cpu {
 const Kernels kernels_scalar = {.attention_tile = scalar::attention_tile,
@@ -11,5 +12,6 @@ const Kernels kernels_scalar = {.attention_tile = scalar::attention_tile,
                                 .add_rows = scalar::add_rows,
                                 .load_row = scalar::load_row,
                                 .store_row = scalar::store_row,
-                                .dot = scalar::dot};
+                                .dot = scalar::dot,
+                                .largest_product = scalar::largest_product};
 }  // namespace razor::cpu

@@ -15,6 +15,8 @@ struct Vec {
   static constexpr int kLanes = 8;
   static constexpr int kRowBlock = 2;  // 2 x 4 sums, 4 keys and a query fit the 16 registers
   static constexpr int kColumnBlock = 4;
+  static constexpr int kProductRows = 6;  // 6 x 2 sums, 2 right vectors and a left element fit the 16 registers
+  static constexpr int kProductVecs = 2;
   __m256 v;
 
   static Vec zero() { return {_mm256_setzero_ps()}; }
@@ -78,6 +80,10 @@ struct Vec {
 inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+// The larger one, NaN if one is NaN: the instruction returns b when either is.
+inline Vec max_or_nan(Vec a, Vec b) {
+  return {_mm256_blendv_ps(_mm256_max_ps(a.v, b.v), a.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))};
+}
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 
 }  // namespace

@@ -15,6 +15,9 @@ struct Vec {
   static constexpr int kLanes = 16;
   static constexpr int kRowBlock = 4;  // 4 x 4 sums, 4 keys and a query fit the 32 registers
   static constexpr int kColumnBlock = 4;
+  static constexpr int kProductRows =
+      14;  // 14 x 2 sums and 2 right vectors fit the 32 registers; left elements come from memory
+  static constexpr int kProductVecs = 2;
   __m512 v;
 
   static Vec zero() { return {_mm512_setzero_ps()}; }
@@ -75,6 +78,10 @@ struct Vec {
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+// The larger one, NaN if one is NaN: the instruction returns b when either is.
+inline Vec max_or_nan(Vec a, Vec b) {
+  return {_mm512_mask_max_ps(a.v, _mm512_cmp_ps_mask(a.v, a.v, _CMP_ORD_Q), a.v, b.v)};
+}
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 
 }  // namespace

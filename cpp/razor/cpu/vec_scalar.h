@@ -14,6 +14,8 @@ struct Vec {
   static constexpr int kLanes = 1;
   static constexpr int kRowBlock = 2;     // query rows and
   static constexpr int kColumnBlock = 2;  // keys or value vectors held in registers at once
+  static constexpr int kProductRows = 4;  // left rows
+  static constexpr int kProductVecs = 2;  // and vectors of right rows whose products are held in registers at once
   float v;
 
   static Vec zero() { return {0.0f}; }
@@ -39,6 +41,8 @@ struct Vec {
 inline Vec add(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
 inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+// The larger one, NaN if one is NaN.
+inline Vec max_or_nan(Vec a, Vec b) { return {a.v != a.v || a.v > b.v ? a.v : b.v}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 
 }  // namespace
