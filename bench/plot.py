@@ -10,8 +10,10 @@ import argparse
 import csv
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from torch import Tensor
 
 from razor_attention import HeadScores
 
@@ -42,6 +44,31 @@ def plot_scores(scores: HeadScores, heads: dict[str, dict[int, list[int]]], path
         axes.set_ylabel("layer")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.yaxis.get_major_locator().set_params(integer=True)
+    figure.savefig(path, format="png", dpi=150)
+
+
+def plot_windows(windows: Tensor, method: str, path: str | Path) -> None:
+    """A line over the heads for each layer, or the one for all of them; tokens on a logarithmic axis.
+
+    Args:
+        windows: (num_heads) or (num_layers, num_heads), integers, tokens.
+        method: that found them, for the title.
+        path: PNG to write.
+    """
+    rows = windows.reshape(-1, windows.shape[-1]).tolist()
+    figure = Figure(figsize=(max(4.0, 0.24 * len(rows[0]) + 2.4), 3.4), layout="constrained")
+    axes = figure.subplots()
+    colors = colormaps["viridis"]
+    for layer, row in enumerate(rows):
+        label = f"layer {layer}" if len(rows) > 1 else "all layers"
+        axes.plot(row, marker="o", markersize=3, color=colors(layer / max(1, len(rows) - 1)), label=label)
+    axes.set_yscale("symlog" if windows.min() < 1 else "log", base=2)
+    axes.set_title(f"windows by {method}")
+    axes.set_xlabel("query head")
+    axes.set_ylabel("tokens")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if len(rows) <= 12:
+        axes.legend(fontsize="small")
     figure.savefig(path, format="png", dpi=150)
 
 

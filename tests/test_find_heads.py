@@ -267,9 +267,9 @@ def test_tokenizer_without_a_prefix_for_this_model(llama, words):
 def test_models_that_are_refused():
     bloom = BloomForCausalLM._from_config(BloomConfig(vocab_size=VOCABULARY, hidden_size=48, n_layer=2, n_head=3))
     message = (
-        "model: expected one without ALiBi, got BloomForCausalLM; its heads have windows instead, see Plan.from_windows"
+        "model: expected one with rotary positions, got bloom, which uses ALiBi; its windows are found by find_windows"
     )
-    with pytest.raises(NotImplementedError, match=exactly(message)):
+    with pytest.raises(ValueError, match=exactly(message)):
         find_heads(bloom, tokenizer(), period=5, repeats=2, progress=False)
     sliding = tiny_model("mistral", sliding_window=16)
     with pytest.raises(NotImplementedError, match="expected only full_attention layers, got sliding_attention"):

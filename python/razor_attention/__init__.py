@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import ops  # registers torch.ops.razor.*
 from ._native import isa
-from .alibi import alibi_slopes
+from .alibi import alibi_slopes, alibi_windows
 from .cache import LayerCache
 from .heads import HeadScores
 from .ops import head_scores
@@ -21,7 +21,7 @@ from .plan import Plan
 from .reference import FULL
 
 if TYPE_CHECKING:
-    from .hf import RazorCache, attach, find_heads
+    from .hf import RazorCache, attach, dropped_mass, find_heads, find_windows
 
 __version__ = version("razor-attention")
 __all__ = [
@@ -31,13 +31,16 @@ __all__ = [
     "Plan",
     "RazorCache",
     "alibi_slopes",
+    "alibi_windows",
     "attach",
+    "dropped_mass",
     "find_heads",
+    "find_windows",
     "head_scores",
     "isa",
     "ops",
 ]
-_NEEDS_TRANSFORMERS = ("RazorCache", "attach", "find_heads")
+_NEEDS_TRANSFORMERS = ("RazorCache", "attach", "dropped_mass", "find_heads", "find_windows")
 
 
 def __getattr__(name: str) -> Any:  # transformers is an extra, and slow to import

@@ -7,6 +7,7 @@ Bad input ends with exit code 2 and one line, `razor: <argument>: expected <what
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__, command
+from .alibi import RULES
 
 _FORM = re.compile(r"[^\n]+?: expected .*, got ", re.DOTALL)
 
@@ -84,6 +86,23 @@ def _share(text: str) -> float:
     return float(text)
 
 
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number >= 0, got {text!r}")
+    return int(value) if value.is_integer() else value
+
+
+def _positive_share(text: str) -> float:
+    value = _number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number in (0, 1], got {text!r}")
+    return value
+
+
 def _source(text: str) -> Path:
     if not Path(text).is_file():
         raise argparse.ArgumentTypeError(f"expected a file, got {text!r}")
@@ -148,6 +167,29 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--dtype", choices=command.DTYPES, default="auto", help="of the weights (default: auto, as stored)"
     )
+
+    made = add(
+        "windows",
+        command.windows,
+        "find how far back the heads of an ALiBi model read",
+        "my-bloom --method calibrated --theta 1e-3 --per-layer --text book.txt --out win.pt",
+    )
+    made.add_argument("model", **model)
+    made.add_argument(
+        "--out", type=_target, default=Path("win.pt"), help="windows file, msmodelslim's format (default: win.pt)"
+    )
+    made.add_argument("--plot", type=_target, help="also draw the windows, PNG")
+    text = "rule, all from the weights but calibrated (default: msmodelslim, its integers)"
+    made.add_argument("--method", choices=(*RULES, "calibrated"), default="msmodelslim", help=text)
+    text = "largest attention weight, for calibrated share, beyond a window (default: 1e-5)"
+    made.add_argument("--theta", type=_positive_share, default=1e-5, help=text)
+    text = "margin on the logits; msmodelslim and per_head only (default: 100)"
+    made.add_argument("--alpha", type=_number, default=100, help=text)
+    made.add_argument("--per-layer", action="store_true", help="windows of each layer; not with msmodelslim")
+    text = "text that the model reads: calibrated takes its windows from it; others are told what they drop of it"
+    made.add_argument("--text", type=_source, metavar="FILE", help=text)
+    made.add_argument("--tokens", type=_integer(2), default=4096, help="most of them that are read (default: 4096)")
+    made.add_argument("--dtype", choices=command.DTYPES, default="auto", help="in which the text is read")
 
     made = add("plan", command.plan, "make a plan", "--heads heads.pt --model my-model --out plan.json")
     group = made.add_mutually_exclusive_group(required=True)

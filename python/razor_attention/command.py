@@ -44,6 +44,41 @@ def heads(arguments: Namespace) -> None:
     print(f"wrote {', '.join(str(path) for path in (arguments.out, arguments.scores, arguments.plot) if path)}")
 
 
+def windows(arguments: Namespace) -> None:
+    """Find the windows of an ALiBi model, write them, and tell what they drop of a text if there is one."""
+    from . import dropped_mass, find_windows
+    from .alibi import smallest_windows
+    from .hf.models import load_model
+
+    plot = _bench("plot").plot_windows if arguments.plot else None
+    method, mass = arguments.method, None
+    if arguments.text:
+        model, tokenizer = load_model(arguments.model, arguments.dtype)
+        ids = tokenizer(arguments.text.read_text(), return_tensors="pt").input_ids[:, : arguments.tokens]
+        mass = dropped_mass(model, ids)  # [layers, heads, tokens + 1]
+    elif method == "calibrated":
+        raise ValueError("--text: expected a file with --method calibrated, got none")
+    if method == "calibrated":
+        assert mass is not None
+        each = smallest_windows(mass, arguments.theta)
+        found = each if arguments.per_layer else each.amax(0)
+    else:
+        rule = {"theta": arguments.theta, "alpha": arguments.alpha, "method": method}
+        found = find_windows(arguments.model, per_layer=arguments.per_layer, **rule)
+    files.save_windows(found, arguments.out)
+    if plot:
+        plot(found, method, arguments.plot)
+    _print_windows(arguments.out, found)
+    if mass is not None:
+        inside = found.clamp(0, mass.shape[-1] - 1).expand(mass.shape[:2])
+        dropped = mass.gather(-1, inside[..., None])[..., 0]  # [layers, heads]
+        print(
+            f"of {mass.shape[-1] - 1} tokens of {arguments.text}, no query loses more than {dropped.max():.2g} of its "
+            f"attention in any head; mean of the heads {dropped.mean():.2g}"
+        )
+    print(f"wrote {', '.join(str(path) for path in (arguments.out, arguments.plot) if path)}")
+
+
 def plan(arguments: Namespace) -> None:
     """Make a plan from one of the sources, write and describe it."""
     source = next(name for name in _POLICY if getattr(arguments, name))
@@ -91,7 +126,9 @@ def inspect(arguments: Namespace) -> None:
         _print_provenance(scores.provenance)
     elif kind is not None:
         raise ValueError(f"{path}: expected a plan, scores, heads or windows, got format {kind!r}")
-    elif is_json or not _print_windows(path):
+    elif not is_json and (table := _windows(path)) is not None:
+        _print_windows(path, table)
+    else:
         found = files.load_heads(path)
         union = files.merge_heads(found)
         print(f"{path}: {sum(map(len, union.values()))} retrieval kv heads in {len(union)} layers")
@@ -211,15 +248,17 @@ def _gates(path: Path) -> torch.Tensor:
         raise ValueError(f"{path}: expected a line of numbers for each layer, got {error}") from error
 
 
-def _print_windows(path: Path) -> bool:
-    """False if the file holds something else."""
+def _windows(path: Path) -> torch.Tensor | None:
+    """None if the file holds something else."""
     try:
-        windows = files.load_windows(path)
+        return files.load_windows(path)
     except ValueError:
-        return False
-    print(f"{path}: ALiBi windows of {list(windows.shape)} heads, {windows.min()}..{windows.max()} tokens")
-    print("\n".join(" ".join(map(str, row)) for row in windows.view(-1, windows.shape[-1]).tolist()))
-    return True
+        return None
+
+
+def _print_windows(path: Path, found: torch.Tensor) -> None:
+    print(f"{path}: ALiBi windows of {list(found.shape)} heads, {found.min()}..{found.max()} tokens")
+    print("\n".join(" ".join(map(str, row)) for row in found.view(-1, found.shape[-1]).tolist()))
 
 
 def _print_scores(scores: HeadScores, chosen: files.TwoLists) -> None:

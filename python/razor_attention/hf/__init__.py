@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transformers room: a Cache, an attention function, and head search for any AttentionInterface model."""
+"""The transformers room: a Cache, an attention function, and the search for heads and windows."""
 
 from __future__ import annotations
 
 from .attention import attach
 from .cache import RazorCache
 from .calibrate import find_heads
+from .windows import dropped_mass, find_windows
 
-__all__ = ["RazorCache", "attach", "find_heads"]
+__all__ = ["RazorCache", "attach", "dropped_mass", "find_heads", "find_windows"]

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -13,12 +15,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.masking_utils import causal_mask_function
 
 from .. import ops
 from ..heads import HeadScores, probe_ids
-from .alibi import model_slopes
+from .alibi import alibi_architecture
+from .checkpoint import map_model
 from .models import AttentionSwitch, geometry, refuse_unsupported, text_config
 
 
@@ -72,43 +81,58 @@ def _prefix(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
 
 
 def find_heads(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel | str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     period: int = 2500,
     repeats: int = 4,
     seed: int = 0,
+    vocabulary: Sequence[int] | None = None,
     progress: bool = True,
 ) -> HeadScores:
     """Echo and induction scores of every head, from one forward pass over a random block repeated (RazorAttention).
 
     The prompt is one prefix token and `period` random ids of the vocabulary, special tokens left out, `repeats` times.
-    No attention map is built: memory beside the model's own activations is O(tokens).
+    No attention map is built: memory beside the model's own activations is O(tokens). Given a path, the weights stay
+    in the checkpoint's files: each projection is mapped when the probe passes it and dropped again.
 
     Args:
-        model: a decoder model that uses AttentionInterface, without ALiBi.
-        tokenizer: the model's tokenizer: vocabulary, special tokens and prefix.
+        model: a decoder model that uses AttentionInterface, or the folder of its safetensors checkpoint.
+        tokenizer: the model's tokenizer: vocabulary, special tokens and prefix. None: the one in the folder.
         period: tokens before the prompt repeats.
         repeats: copies of the block, at least 2.
         seed: of the block.
+        vocabulary: ids that the block is drawn from; None: all of the tokenizer's but the special ones.
         progress: show a progress bar.
 
     Returns:
         Scores of all layers, with the provenance that a plan made from them carries on.
 
     Raises:
-        NotImplementedError: model: expected one without ALiBi, got BloomForCausalLM; its heads ...
+        NotImplementedError: model: expected one that uses AttentionInterface, got CodeGenForCausalLM
+        ValueError: model: expected one with rotary positions, got bloom, which uses ALiBi; ...
     """
+    if isinstance(model, str | os.PathLike):
+        folder = Path(model)
+        model = map_model(folder)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer is None:
+        raise TypeError("tokenizer: expected one with a model in memory, got None")
+    config = text_config(model.config)
+    if alibi_architecture(config) is not None:
+        raise ValueError(
+            f"model: expected one with rotary positions, got {config.model_type}, which uses ALiBi; "
+            "its windows are found by find_windows"
+        )
     switch = AttentionSwitch(model, "razor_probe")
     sizes = geometry(model.config)
-    config = text_config(model.config)
-    if model_slopes(config) is not None:
-        raise NotImplementedError(
-            f"model: expected one without ALiBi, got {type(model).__name__}; "
-            "its heads have windows instead, see Plan.from_windows"
+    if vocabulary is None:
+        special = set(tokenizer.all_special_ids)
+        vocabulary = [i for i in range(min(len(tokenizer), config.vocab_size)) if i not in special]
+    elif len(vocabulary) and not 0 <= min(vocabulary) <= max(vocabulary) < config.vocab_size:
+        raise ValueError(
+            f"vocabulary: expected ids from 0 to {config.vocab_size - 1}, got {min(vocabulary)} to {max(vocabulary)}"
         )
-    special = set(tokenizer.all_special_ids)
-    vocabulary = [i for i in range(min(len(tokenizer), config.vocab_size)) if i not in special]
     ids = probe_ids(vocabulary, _prefix(tokenizer, config.vocab_size), period=period, repeats=repeats, seed=seed)
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and len(ids) > longest:
@@ -123,7 +147,8 @@ def find_heads(
             with torch.no_grad():
                 # The decoder alone: nobody reads the probe's logits.
                 decoder: Any = model.base_model
-                decoder(input_ids=ids[None].to(model.device), use_cache=False)
+                device = "cpu" if model.device.type == "meta" else model.device  # weights that wait in files
+                decoder(input_ids=ids[None].to(device), use_cache=False)
         finally:
             _running.reset(token)
     missing = [layer for layer in range(sizes.num_layers) if layer not in probe.scores]

@@ -24,6 +24,8 @@ from transformers import (
 from .alibi import alibi_architecture
 from .forwards import has_forward, replaced_forwards
 
+Tokenizer = PreTrainedTokenizerBase  # for rooms that do not import transformers
+
 
 @dataclass(frozen=True, slots=True)
 class Geometry:

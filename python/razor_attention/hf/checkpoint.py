@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint's configuration, and its weights one at a time: files are mapped, what is not read takes no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from ..files import read_json
+
+Reader = Callable[[], Tensor]
+_NAMES = ("model.safetensors", "pytorch_model.bin")
+
+
+def read_config(folder: Path) -> Any:
+    """The configuration of a checkpoint; of one that transformers does not know, its config.json as attributes.
+
+    Raises:
+        ValueError: model: expected a folder with config.json, got my-model
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model: expected a folder with config.json, got {folder}")
+    record = read_json(folder / "config.json")
+    known = record.get("model_type") in CONFIG_MAPPING
+    return CONFIG_MAPPING[record["model_type"]].from_dict(record) if known else SimpleNamespace(**record)
+
+
+def open_weights(folder: Path) -> dict[str, Reader]:
+    """Readers of all tensors of a checkpoint by name: safetensors or .bin, one file or shards with an index.
+
+    A tensor is a view of its mapped file; its pages leave memory with it.
+
+    Raises:
+        ValueError: model: expected model.safetensors or pytorch_model.bin, or their shards and index, in my-model, ...
+    """
+    for name in _NAMES:
+        if (index := folder / f"{name}.index.json").is_file():
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+                raise ValueError(f"{index}: expected 'weight_map', a dict of file names, got another one")
+            if lacking := {shard for shard in shards.values() if not (folder / Path(shard).name).is_file()}:
+                raise ValueError(f"model: expected the shard {min(lacking)} in {folder}, got an index without its file")
+            return {key: partial(_read, folder / Path(shard).name, key) for key, shard in shards.items()}
+        if (file := folder / name).is_file():
+            return {key: partial(_read, file, key) for key in _keys(file)}
+    raise ValueError(f"model: expected {' or '.join(_NAMES)}, or their shards and index, in {folder}, got none of them")
+
+
+def map_model(folder: Path) -> PreTrainedModel:
+    """A model whose weights stay in the safetensors files of its folder: each is mapped for its own forward pass.
+
+    Raises:
+        ValueError: model: expected a folder with config.json and safetensors weights, got my-model
+        ImportError: model: expected accelerate to be installed to run a model from its files, got none; ...
+    """
+    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+        raise ValueError(f"model: expected a folder with config.json and safetensors weights, got {folder}")
+    if find_spec("accelerate") is None:
+        raise ImportError(
+            "model: expected accelerate to be installed to run a model from its files, got none; "
+            "pip install 'razor-attention[hf]'"
+        )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map={"": "disk"}, local_files_only=True)
+    return model.eval()  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _keys(file: Path) -> list[str]:
+    if file.suffix == ".bin":
+        return list(_load_bin(file))
+    try:
+        with safe_open(file, framework="pt") as shard:
+            return list(shard.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{file}: expected a safetensors file, got {error}") from error
+
+
+def _read(file: Path, key: str) -> Tensor:
+    try:
+        if file.suffix == ".bin":
+            return _load_bin(file)[key]
+        with safe_open(file, framework="pt") as shard:
+            return shard.get_tensor(key)  # type: ignore[no-any-return]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{file}: expected the tensor {key}, got {error}") from error
+
+
+def _load_bin(file: Path) -> dict[str, Tensor]:
+    try:
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)  # type: ignore[no-any-return]
+    except OSError:
+        raise
+    except Exception as error:  # corrupt bytes raise anything; a forbidden object raises UnpicklingError
+        raise ValueError(f"{file}: expected a torch file of plain tensors, got {type(error).__name__}") from error
