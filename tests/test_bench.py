@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from razor_attention.bench import attention, cases, demo, harness, head_scores, memory, plot
+from razor_attention.bench import attention, cases, demo, harness, head_scores, memory, plot, windows
 from razor_attention.bench.questions import Question
 
 from razor_attention import HeadScores, Plan
@@ -152,6 +152,23 @@ def test_head_scores_bench():
     assert sdpa.flops == 2 * scores.flops
 
 
+def test_windows_bench(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(windows, "BAICHUAN_13B", windows.Shape(num_heads=3, hidden=48))
+    monkeypatch.setattr(windows, "read_bandwidth", lambda: 10.0)
+    wanted = ["--results", str(tmp_path), "--machine", "box", "--rounds", "7", "--layers", "2"]
+    windows.main([*wanted, "--dtype", "float32", "bfloat16"])
+    with (tmp_path / "box" / "windows.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["plan"] for row in rows] == ["stream", *["windows", "torch"] * 4]
+    assert [row["format"] for row in rows] == ["f32"] * 5 + ["bf16"] * 4
+    assert int(rows[1]["flops"]) == 2 * 2 * 48**3
+    assert int(rows[1]["bytes"]) == 2 * 2 * 48 * 48 * 4
+    assert "bfloat16, input-columns heads: torch takes " in capsys.readouterr().out
+    monkeypatch.setattr(windows, "by_torch", lambda query, key: torch.zeros(3))
+    with pytest.raises(RuntimeError, match=r"^windows, true heads: expected a difference <= 1e-05, got "):
+        windows.windows(windows.BAICHUAN_13B, "true", torch.float32, rounds=7)
+
+
 def test_main_prints_and_appends(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(harness, "_STREAM_BYTES", 1 << 16)
     monkeypatch.setattr(head_scores, "LLAMA3_8B", LAYER)
@@ -252,7 +269,7 @@ def test_plots(tmp_path, capsys):
         plot.main(["--results", str(tmp_path / "empty")])
 
 
-@pytest.mark.parametrize("bench", [attention, head_scores, memory, plot])
+@pytest.mark.parametrize("bench", [attention, head_scores, memory, plot, windows])
 def test_help_names_the_module(bench, capsys):
     with pytest.raises(SystemExit) as stop:
         bench.main(["--help"])

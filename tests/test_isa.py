@@ -19,13 +19,17 @@ import torch
 
 import oracle
 from cases import ARITHMETIC, CASES, Case, assert_close, case_id, to_numpy
+from razor_attention import reference
 
 ROOT = Path(__file__).parent.parent
 NEEDS = {"scalar": set(), "avx2": {"avx2", "fma", "f16c"}}
 NEEDS["avx512"] = NEEDS["avx2"] | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 ISAS = list(NEEDS)
 SMALL_CASES = [case for case in CASES if sum(call.q_len for call in case.calls) < 1000]
+WINDOWS = [(37, 50, 33, "float32"), (128, 31, 64, "bfloat16"), (5, 70, 7, "float16")]  # q_rows, k_rows, cols, dtype
 SCORES = [(3, 4, 33, "float32"), (40, 2, 64, "bfloat16"), (5, 3, 7, "float16")]  # period, repeats, head_dim, dtype
+
+WINDOW_NUMBERS = {"theta": 1e-5, "alpha": 100, "method": "msmodelslim"}
 
 CHILD = """
 import sys
@@ -37,6 +41,9 @@ results = {f"{case.name}.{i}": out.double().numpy()
            for case in test_isa.SMALL_CASES for i, out in enumerate(case.run())}
 for i, score in enumerate(test_isa.SCORES):
     results[f"scores.{i}"] = torch.stack(razor_attention.head_scores(*test_isa.score_inputs(*score), score[0])).numpy()
+for i, shape in enumerate(test_isa.WINDOWS):
+    windows, bound = torch.ops.razor.alibi_windows(*test_isa.window_inputs(*shape), **test_isa.WINDOW_NUMBERS)
+    results |= {f"windows.{i}": windows.numpy(), f"bound.{i}": bound.numpy()}
 numpy.savez(sys.argv[1], isa=razor_attention.isa(), **results)
 """
 
@@ -46,6 +53,13 @@ def score_inputs(period: int, repeats: int, head_dim: int, dtype: str) -> tuple[
     shapes = [(1, heads, 1 + period * repeats, head_dim) for heads in (4, 2)]
     q, k = (torch.from_numpy(draw.standard_normal(shape)).to(getattr(torch, dtype)) for shape in shapes)
     return q, k
+
+
+def window_inputs(q_rows: int, k_rows: int, cols: int, dtype: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Three heads, query by rows, key by columns; no product is rounded, so that every instruction set agrees."""
+    draw = np.random.default_rng(q_rows)
+    q, k = (torch.from_numpy(draw.integers(-8, 9, shape) / 8) for shape in ((q_rows, 3, cols), (3, cols, k_rows)))
+    return q.to(getattr(torch, dtype)), k.to(getattr(torch, dtype)).permute(2, 0, 1), torch.tensor([0.5, 0.25, 0.125])
 
 
 def present() -> list[str]:
@@ -107,6 +121,17 @@ def test_head_scores(isa: str, number: int, results: dict[str, dict[str, np.ndar
         )
         error = np.abs(results[isa][f"scores.{number}"][:, 0, head] - by_oracle)
         assert (error <= ARITHMETIC[torch.float32] * np.array(by_oracle)).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("number", range(len(WINDOWS)))
+def test_alibi_windows(isa: str, number: int, results: dict[str, dict[str, np.ndarray]]) -> None:
+    if isa not in results:
+        pytest.skip(f"this CPU has no {isa}")
+    q, k, slopes = window_inputs(*WINDOWS[number])
+    windows, bound = reference.alibi_windows(q, k, slopes, None, **WINDOW_NUMBERS)
+    assert results[isa][f"windows.{number}"].tolist() == windows.tolist()
+    assert results[isa][f"bound.{number}"].tolist() == bound.tolist()
 
 
 @pytest.mark.skipif(len(present()) < 2, reason="this CPU has one instruction set only")
