@@ -115,14 +115,14 @@ class Peak:
             self._stop.set()
 
     def bytes(self) -> int:
-        return _status("VmHWM") if self._kernel else max(self._sampled, _status("VmRSS"))
+        return status_bytes("VmHWM") if self._kernel else max(self._sampled, status_bytes("VmRSS"))
 
     def _sample(self) -> None:
         while not self._stop.wait(0.001):
-            self._sampled = max(self._sampled, _status("VmRSS"))
+            self._sampled = max(self._sampled, status_bytes("VmRSS"))
 
 
-def _status(field: str) -> int:
+def status_bytes(field: str) -> int:
     """A size from /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
@@ -167,7 +167,7 @@ def measure(
         forward(ids[:, :16], new_cache())
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # so that pages freed so far do not hide growth
-        cache, before = new_cache(), _status("VmRSS")
+        cache, before = new_cache(), status_bytes("VmRSS")
         with Peak().start() as peak:
             begin = time.perf_counter()
             starts = range(0, length, chunk)

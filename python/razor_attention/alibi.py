@@ -209,4 +209,6 @@ def _spectral_norm(query: Tensor, key: Tensor) -> Tensor:
     """|Q K^T|_2 of tall factors (rows, cols): that of the small product of their triangular parts."""
     triangles = [torch.linalg.qr(side, mode="r").R for side in (query, key)]
     small = triangles[0] @ triangles[1].mT
-    return torch.linalg.matrix_norm(small, ord=2) if small.isfinite().all() else small.sum()  # inf or nan
+    if not small.isfinite().all():
+        return small.sum()  # inf or nan
+    return torch.linalg.svdvals(small)[0]
