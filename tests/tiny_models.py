@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    BloomForCausalLM,
     DynamicCache,
+    FalconForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MptForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -33,6 +36,8 @@ from transformers import (
 from transformers.cache_utils import Cache
 
 from razor_attention import FULL, Plan, RazorCache, attach
+from razor_attention.hf.baichuan import BaichuanForCausalLM
+from razor_attention.hf.models import AttentionSwitch
 
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -69,6 +74,26 @@ MIXED = Plan(
 
 FULL_PLAN = Plan.full(LAYERS, KV_HEADS)
 
+# name: model class, then what its config has beyond TOKENS. Head_dim 16, two layers, 8 heads and once 12.
+TOKENS = {name: SIZES[name] for name in ("vocab_size", "pad_token_id", "eos_token_id", "tie_word_embeddings")}
+FALCON = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8, "alibi": True, "bos_token_id": None}
+BAICHUAN = FALCON | {"intermediate_size": 64, "bos_token_id": None}
+del BAICHUAN["alibi"]
+ALIBI: dict[str, tuple[Any, dict[str, Any]]] = {
+    "bloom": (BloomForCausalLM, {"hidden_size": 128, "n_layer": 2, "n_head": 8, "bos_token_id": None}),
+    "bloom, 12 heads": (BloomForCausalLM, {"hidden_size": 192, "n_layer": 2, "n_head": 12, "bos_token_id": None}),
+    "mpt": (MptForCausalLM, {"d_model": 128, "n_layers": 2, "n_heads": 8}),
+    "mpt, 12 heads": (MptForCausalLM, {"d_model": 192, "n_layers": 2, "n_heads": 12, "attn_config": {"clip_qkv": 1.5}}),
+    "falcon, 1 kv head": (FalconForCausalLM, FALCON),
+    "falcon, 8 kv heads": (FalconForCausalLM, FALCON | {"multi_query": False, "parallel_attn": False, "bias": True}),
+    "falcon, groups": (FalconForCausalLM, FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "baichuan": (BaichuanForCausalLM, BAICHUAN),
+    "baichuan 2, 12 heads": (
+        BaichuanForCausalLM,
+        BAICHUAN | {"hidden_size": 192, "num_attention_heads": 12, "normalize_head": True},
+    ),
+}
+
 
 def bytes_of(plan: Plan, lengths: Sequence[int], dtype: torch.dtype, page_size: int = 64) -> int:
     """What the plan says that sequences of these lengths take."""
@@ -86,6 +111,12 @@ def tiny_model(family: str, *, dtype: torch.dtype = torch.float32, **changes: An
     model = model_class._from_config(config_class(**SIZES | OF_FAMILY.get(family, {}) | changes))
     assert model.config._attn_implementation == "sdpa"
     return settle(model).to(dtype)
+
+
+def alibi_model(name: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    """A new random model of ALIBI."""
+    model_class, sizes = ALIBI[name]
+    return settle(model_class._from_config(model_class.config_class(**TOKENS | sizes | changes))).to(dtype)
 
 
 @functools.cache
@@ -109,7 +140,10 @@ def settle(model: PreTrainedModel) -> PreTrainedModel:
             elif "embed" in name:
                 weight.copy_(noise)
             else:
-                gain = 3.0 if "lm_head" in name else 1.6
+                last = name.split(".")[-2]
+                gain = 3.0 if last == "lm_head" else 1.6
+                if last == "dense_4h_to_h" or ".ffn.down_proj" in name:
+                    gain = 0.4  # what GELU adds to every token alike would decide all answers
                 weight.copy_(noise * gain * weight.shape[1] ** -0.5)
     model.generation_config.suppress_tokens = [PAD, EOS]
     return model.eval()
@@ -167,7 +201,7 @@ def logits_by_step(
 
 # --- the masked model
 
-_policy: ContextVar[tuple[Plan, bool]] = ContextVar("policy")
+_policy: ContextVar[tuple[Plan, bool, Tensor | None]] = ContextVar("policy")
 
 
 def masked_attention(
@@ -180,7 +214,7 @@ def masked_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """query: (batch, num_heads, q_len, head_dim); key, value: (batch, num_kv_heads, kv_len, head_dim), all tokens."""
-    plan, dense = _policy.get()
+    plan, dense, slopes = _policy.get()
     sink, window, compensate = (table[:, None, None] for table in plan.layer(module.layer_idx))  # [kv heads, 1, 1]
     batch, q_len, kv_len = query.shape[0], query.shape[2], key.shape[2]
     real = torch.ones(batch, kv_len, dtype=torch.bool) if attention_mask is None else attention_mask
@@ -198,7 +232,10 @@ def masked_attention(
     count = dropped.sum(-1)[:, :, None, :, None].double()  # [batch, kv heads, 1, q_len, 1]
     share = dropped[:, :, None] / count.clamp(min=1)
     mean_k, mean_v = share @ k, share @ v  # one row for each query
-    logits = (q @ k.transpose(-1, -2)).masked_fill(~exact[:, :, None], -torch.inf)
+    logits = q @ k.transpose(-1, -2)
+    if slopes is not None:
+        logits = logits - slopes.view(key.shape[1], -1, 1, 1) * (here - token)[:, :, None]
+    logits = logits.masked_fill(~exact[:, :, None], -torch.inf)
     logits = torch.cat([logits, (q * mean_k).sum(-1, keepdim=True) + count.log()], -1)
     weights = logits.softmax(-1).nan_to_num(0.0)
     out = weights[..., :-1] @ v + weights[..., -1:] * mean_v
@@ -211,16 +248,17 @@ def padding_mask(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | 
 
 
 @contextmanager
-def masked(model: PreTrainedModel, plan: Plan, *, prefill: str = "dense") -> Iterator[None]:
-    """Inside this context the model with a DynamicCache computes what the plan says."""
+def masked(
+    model: PreTrainedModel, plan: Plan, *, prefill: str = "dense", slopes: Tensor | None = None
+) -> Iterator[None]:
+    """Inside this context the model with a DynamicCache computes what the plan says. slopes: [num_heads], for ALiBi."""
     AttentionInterface.register("masked", masked_attention)
     AttentionMaskInterface.register("masked", padding_mask)
-    before, token = model.config._attn_implementation, _policy.set((plan, prefill == "dense"))
-    model.set_attn_implementation("masked")
+    token = _policy.set((plan, prefill == "dense", slopes))
     try:
-        yield
+        with AttentionSwitch(model, "masked"):
+            yield
     finally:
-        model.set_attn_implementation(before)
         _policy.reset(token)
 
 
