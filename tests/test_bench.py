@@ -214,7 +214,7 @@ def test_peak_sees_memory_that_is_gone_again(monkeypatch, refused):
 
     if refused:  # no access to the kernel's mark: a thread samples
         monkeypatch.setattr(Path, "write_text", refuse)
-    before = memory._status("VmRSS")
+    before = memory.status_bytes("VmRSS")
     with memory.Peak().start() as peak:
         block = torch.ones(16 << 20)
         while peak.bytes() - before < 60 << 20:

@@ -22,6 +22,7 @@ from transformers import (
 
 from razor_attention import FULL, Plan, alibi_slopes, dropped_mass, find_heads, find_windows
 from razor_attention.hf import checkpoint
+from razor_attention.hf.baichuan import BaichuanConfig, BaichuanForCausalLM
 from test_find_heads import tokenizer
 from test_ra_compression import PackedModel
 from tiny_models import prompts, tiny_model
@@ -46,6 +47,11 @@ def mpt(heads=6):
 def falcon(**changes):
     sizes = {"num_hidden_layers": LAYERS, "num_attention_heads": 6, "alibi": True, "new_decoder_architecture": False}
     return FalconForCausalLM(FalconConfig(**SMALL | sizes | {"multi_query": False} | changes))
+
+
+def baichuan():
+    sizes = {"intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 6}
+    return BaichuanForCausalLM(BaichuanConfig(**SMALL | sizes))
 
 
 def rows_by_head(weight, heads):  # [heads, 3, head_dim, in]
@@ -91,6 +97,7 @@ MODELS = {
         "ln_attn",
         8**-0.5,
     ),
+    "baichuan": (baichuan, "model.layers.{}.self_attn.W_pack", rows_by_side, "input_layernorm", 1.0),
     "packed": (lambda: PackedModel(HIDDEN, 6, LAYERS), "layers.{}.W_pack", rows_by_side, None, 1.0),
 }
 
@@ -276,6 +283,29 @@ def test_dropped_mass(read):
     assert (mass[..., -1] == 0).all()
     assert (mass.diff() <= 0).all()
     assert 2 < (mass > 1e-2).sum(-1).min() < (mass > 1e-2).sum(-1).max() < 70
+
+
+@pytest.mark.parametrize("name", ["mpt", "baichuan"])
+def test_dropped_mass_of_other_models(name):
+    model, *_ = made(name)
+    model.eval()
+    ids = prompts(40)[0]
+    model.set_attn_implementation("eager")
+    wanted = brute_force(model, ids)
+    torch.testing.assert_close(dropped_mass(model, ids, progress=False).double(), wanted, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "packed"])
+def test_measuring_computes_what_the_model_does(name):
+    model, *_ = made(name)
+    model.eval()
+    ids, out = prompts(40)[0], []
+    hook = model.base_model.register_forward_hook(lambda *parts: out.append(parts[-1].last_hidden_state))
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    dropped_mass(model, ids, progress=False)
+    hook.remove()
+    torch.testing.assert_close(out[1], out[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("theta", [1e-1, 3e-2, 1e-2])

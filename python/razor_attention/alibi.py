@@ -208,7 +208,6 @@ def _heads(layer: AlibiWeights) -> Iterator[tuple[Tensor, Tensor]]:
 def _spectral_norm(query: Tensor, key: Tensor) -> Tensor:
     """|Q K^T|_2 of tall factors (rows, cols): that of the small product of their triangular parts."""
     triangles = [torch.linalg.qr(side, mode="r").R for side in (query, key)]
-    small = triangles[0] @ triangles[1].mT
-    if not small.isfinite().all():
-        return small.sum()  # inf or nan
-    return torch.linalg.svdvals(small)[0]
+    small: Tensor = triangles[0] @ triangles[1].mT
+    largest: Tensor = torch.linalg.svdvals(small)[0] if small.isfinite().all() else small.sum()  # inf or nan
+    return largest

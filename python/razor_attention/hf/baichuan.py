@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_ro
 
 from .alibi import model_slopes
 
-_ADD_ALIBI = ("razor",)  # names of attention functions that do, from their cache's slopes
+_ADD_ALIBI = ("razor", "razor_mass")  # names of attention functions that do, from their cache's slopes
 _BAICHUAN_2_VOCABULARY = 125696
 
 

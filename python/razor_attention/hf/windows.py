@@ -23,7 +23,6 @@ from transformers import CONFIG_MAPPING, AttentionInterface, AttentionMaskInterf
 
 from ..alibi import RULES, AlibiWeights, alibi_slopes, alibi_windows, attend_and_measure, smallest_windows
 from .alibi import ALIBI_ARCHITECTURES, alibi_architecture, model_slopes
-from .calibrate import probe_mask
 from .checkpoint import Reader, open_weights, read_config
 from .models import AttentionSwitch, geometry, refuse_unsupported, text_config
 
@@ -198,6 +197,11 @@ def mass_attention(
     return out.transpose(1, 2), None
 
 
+def mass_mask(*, batch_size: int, kv_length: int, device: torch.device | None = None, **_: Any) -> Tensor:
+    """The mask function registered as "razor_mass": there is no padding, but MPT asks for some mask."""
+    return torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+
+
 # --- weights: found by the name of the projection, the only thing that tells models apart here
 
 _FUSED = {"query_key_value": "by head", "Wqkv": "by side", "W_pack": "by side"}  # how the rows of q, k, v are arranged
@@ -278,4 +282,4 @@ def _cut(weight: Tensor, dim: int, parts: int) -> Tensor:
 
 
 AttentionInterface.register("razor_mass", mass_attention)
-AttentionMaskInterface.register("razor_mass", probe_mask)
+AttentionMaskInterface.register("razor_mass", mass_mask)
