@@ -175,7 +175,7 @@ def test_attend_and_measure(heads, kv_heads, dtype):
 
 
 def test_smallest_windows():
-    mass = torch.tensor([[1.0, 0.5, 0.1, 0.1, 0.0], [1.0, 1.0, 1.0, 0.2, 0.0]])
+    mass = torch.tensor([[1.0, 0.5, 0.1, 0.1, 0.0, 0.0], [1.0, 1.0, 1.0, 0.2, 0.0, 0.0]])
     for theta, wanted in ((1.0, [1, 1]), (0.6, [1, 3]), (0.5, [1, 3]), (0.1, [2, 4]), (1e-3, [4, 4])):
         assert smallest_windows(mass, theta).tolist() == wanted
     with pytest.raises(ValueError, match=exactly("theta: expected a value > 0 and <= 1, got 0")):

@@ -10,14 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from razor_attention.bench.questions import build_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig
 
-from razor_attention import FULL, HeadScores, Plan, cli, command
-from razor_attention.files import load_heads, save_heads, save_windows
+from razor_attention import FULL, HeadScores, Plan, cli, command, find_heads, find_windows
+from razor_attention.files import load_heads, load_windows, save_heads, save_windows
 
+ROPE = (
+    "model: expected one that uses ALiBi (bloom, mpt, falcon, baichuan), got llama, which does not; "
+    "its heads are found by find_heads"
+)
 TEXT = "mia hid lamp rope coin bell . the old wind moves over the quiet hill . ? mia hid"
 PNG = b"\x89PNG\r\n"
-COMMANDS = ["heads", "plan", "inspect", "generate", "demo"]
+COMMANDS = ["heads", "windows", "plan", "inspect", "generate", "demo"]
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +42,19 @@ def model(tmp_path_factory):
         pad_token_id=0,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bloom(tmp_path_factory):
+    """A checkpoint of an ALiBi model: 2 layers x 4 heads."""
+    folder = tmp_path_factory.mktemp("models") / "bloom"
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    BloomForCausalLM(BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4)).save_pretrained(
+        folder
+    )
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -82,6 +99,55 @@ def test_heads_writes_what_was_asked_for(model, capsys):
 def test_a_warning_is_one_line(model, capsys):
     razor("heads", model, "--period", 200)
     assert "razor: warning: period * repeats: expected at most 511 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_heads_from_files_and_from_memory(model, dtype):
+    razor("heads", model, "--scores", "s.json", "--period", 30, "--dtype", dtype)
+    loaded = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32 if dtype == "auto" else torch.bfloat16)
+    assert HeadScores.load("s.json").echo.equal(find_heads(loaded, build_tokenizer(), period=30).echo)
+
+
+# --- windows
+
+
+def test_windows_writes_what_was_asked_for(bloom, capsys):
+    razor("windows", bloom)
+    assert load_windows("win.pt").equal(find_windows(bloom))
+    out = capsys.readouterr().out
+    assert out.startswith("win.pt: ALiBi windows of [4] heads, ")
+    assert out.endswith("wrote win.pt\n")
+    razor("windows", bloom, "--method", "per_head", "--per-layer", "--theta", 1e-3, "--alpha", 0, "--plot", "w.png")
+    wanted = find_windows(bloom, theta=1e-3, alpha=0, method="per_head", per_layer=True)
+    assert load_windows("win.pt").equal(wanted)
+    assert Path("w.png").read_bytes().startswith(PNG)
+    assert capsys.readouterr().out.endswith("wrote win.pt, w.png\n")
+
+
+def test_windows_calibrated_on_a_text(bloom, capsys):
+    Path("book.txt").write_text(f"{TEXT} " * 4)
+    text = "--text", "book.txt", "--tokens", 50
+    razor("windows", bloom, "--method", "calibrated", "--theta", "0.2", "--per-layer", *text)
+    ids = torch.tensor([build_tokenizer()(f"{TEXT} " * 4).input_ids[:50]])
+    loaded = BloomForCausalLM.from_pretrained(bloom)
+    options = {"method": "calibrated", "theta": 0.2, "ids": ids}
+    assert load_windows("win.pt").equal(find_windows(loaded, per_layer=True, **options))
+    assert "of 50 tokens of book.txt, no query loses more than 0.19 of its attention" in capsys.readouterr().out
+    razor("windows", bloom, "--method", "calibrated", "--theta", "0.2", *text)
+    assert load_windows("win.pt").equal(find_windows(loaded, **options))
+    capsys.readouterr()
+    razor("windows", bloom, "--theta", "1e-4", *text)  # other rules are told what they drop
+    assert "no query loses more than 0 of its attention" in capsys.readouterr().out
+
+
+def test_windows_to_plan_to_text(bloom, capsys):
+    razor("windows", bloom, "--out", "w.pt")
+    razor("inspect", "w.pt")
+    razor("plan", "--windows", "w.pt", "--model", bloom)
+    capsys.readouterr()
+    razor("generate", bloom, "--plan", "plan.json", "--prompt", TEXT, "--max-new-tokens", 5, "--compare")
+    ours, theirs = (part.splitlines() for part in capsys.readouterr().out.split("\n\n"))
+    assert ours[0] == theirs[0]  # windows as wide as the text
 
 
 # --- plan
@@ -233,7 +299,7 @@ def test_help_has_an_example_that_parses(name, capsys, model, monkeypatch):
     assert stop.value.code == 0
     example = capsys.readouterr().out.split("example:\n")[1].split()
     assert example[:2] == ["razor", name]
-    for file in ("heads.pt", "plan.json"):
+    for file in ("heads.pt", "plan.json", "book.txt"):
         Path(file).touch()
     Path("my-model").symlink_to(model)
     ran = []
@@ -263,6 +329,12 @@ def test_help_has_an_example_that_parses(name, capsys, model, monkeypatch):
          "float: 'one'"),
         ("plan --full --model MODEL --layers 9", "plan: expected 3 layers x 2 kv heads like the model, got 9 x 2"),
         ("inspect bad.json", "bad.json: expected a plan, scores, heads or windows, got format 'other'"),
+        ("windows MODEL", ROPE),
+        ("windows MODEL --theta 0", "--theta: expected a number in (0, 1], got '0'"),
+        ("windows MODEL --alpha -1", "--alpha: expected a number >= 0, got '-1'"),
+        ("windows MODEL --method guess",
+         "--method: expected one of msmodelslim, per_head, theorem, calibrated, got 'guess'"),
+        ("windows MODEL --method calibrated", "--text: expected a file with --method calibrated, got none"),
         ("inspect gone.pt", "FILE: expected a file, got 'gone.pt'"),
         ("inspect bad.tsv", "bad.tsv: expected a torch file of plain values, got UnpicklingError"),
         ("generate MODEL --plan wide.json --prompt .",

@@ -179,14 +179,22 @@ def smallest_windows(mass: Tensor, theta: float) -> Tensor:
         theta: share of the attention, in (0, 1].
 
     Returns:
-        (...), int64, tokens, at least 1.
+        (...), int64, tokens, at least 1. A warning tells of windows that reach back to the first token.
 
     Raises:
         ValueError: theta: expected a value > 0 and <= 1, got 0
     """
     if not 0 < theta <= 1:
         raise ValueError(f"theta: expected a value > 0 and <= 1, got {theta:g}")
-    return (mass > theta).sum(-1).clamp(min=1)
+    windows = (mass > theta).sum(-1).clamp(min=1)
+    tokens = mass.shape[-1] - 1
+    if int(windows.max()) == tokens:
+        warnings.warn(
+            f"ids: expected a text longer than every head reads, got {tokens} tokens, which some head reads to the "
+            "first one; its window says nothing about longer texts",
+            stacklevel=2,
+        )
+    return windows
 
 
 def _theorem_bound(layer: AlibiWeights, number: int) -> Tensor:

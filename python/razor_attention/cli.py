@@ -172,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
         "windows",
         command.windows,
         "find how far back the heads of an ALiBi model read",
-        "my-bloom --method calibrated --theta 1e-3 --per-layer --text book.txt --out win.pt",
+        "my-model --method calibrated --theta 1e-3 --per-layer --text book.txt --out win.pt",
     )
     made.add_argument("model", **model)
     made.add_argument(

@@ -32,8 +32,11 @@ def heads(arguments: Namespace) -> None:
     from .hf.models import load_model
 
     plot = _bench("plot").plot_scores if arguments.plot else None
-    model, tokenizer = load_model(arguments.model, arguments.dtype)
-    scores = find_heads(model, tokenizer, period=arguments.period, repeats=arguments.repeats, seed=arguments.seed)
+    probe = {"period": arguments.period, "repeats": arguments.repeats, "seed": arguments.seed}
+    if arguments.dtype == "auto" and list(arguments.model.glob("*.safetensors")):
+        scores = find_heads(arguments.model, **probe)  # used as they are stored, weights can stay in their files
+    else:
+        scores = find_heads(*load_model(arguments.model, arguments.dtype), **probe)
     chosen = scores.select(arguments.induction_ratio, arguments.echo_ratio)
     files.save_heads(chosen, arguments.out)
     if arguments.scores:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -70,12 +69,6 @@ def find_windows(
             raise TypeError(f"model: expected a transformers model to run, got {type(model_or_path).__name__}")
         mass = dropped_mass(model_or_path, cast(Tensor, ids), progress=progress)
         windows = smallest_windows(mass, theta)
-        if int(windows.max()) == mass.shape[-1] - 1:
-            warnings.warn(
-                f"ids: expected a text longer than every head reads, got {mass.shape[-1] - 1} tokens, which some head "
-                "reads to the first one; its window says nothing about longer texts",
-                stacklevel=2,
-            )
         return windows if per_layer else windows.amax(0)
 
     if isinstance(model_or_path, nn.Module):
