@@ -331,14 +331,21 @@ def test_attach_inside_attach(model):
 
 
 def test_attach_under_hooks_that_wrap_forward(bloom):
-    """accelerate's, which hold on to the layer's own forward."""
-    accelerate = pytest.importorskip("accelerate")
-    model, (ids, mask) = copy.deepcopy(bloom), prompts(50, 30)
-    accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    """accelerate's, which move tensors between devices and hold on to the layer's own forward."""
+    hooks, seen = pytest.importorskip("accelerate.hooks"), []
+
+    class Hook(hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            seen.append(module)
+            return args, kwargs
+
+    model, (ids, mask), plan = copy.deepcopy(bloom), prompts(50, 30), windows(bloom)
+    for layer in attention_layers(model):
+        hooks.add_hook_to_module(layer, Hook())
     before = [dict(vars(layer)) for layer in attention_layers(model)]
-    plan = windows(model)
     with attach(model, plan):
         ours = answer(model, ids, mask)
+    assert len(seen) == 2 * ours.shape[1]
     with attach(bloom, plan):
         assert torch.equal(ours, answer(bloom, ids, mask))
     assert [dict(vars(layer)) for layer in attention_layers(model)] == before

@@ -37,7 +37,7 @@ def razor_attention(
         query: (batch, num_heads, q_len, head_dim), f32 | bf16 | f16.
         key: (batch, num_kv_heads, q_len, head_dim), dtype of query; tagged by RazorLayer.update.
         value: (batch, num_kv_heads, q_len, head_dim), dtype of query.
-        attention_mask: what `razor_mask` returned.
+        attention_mask: (2, batch), int64, or (batch, kv_length), bool, from `razor_mask`; None without padding.
         scaling: factor on q.k; None: head_dim ** -0.5.
         dropout: must be 0.
 
@@ -130,8 +130,8 @@ def attach(model: PreTrainedModel, plan: Plan, *, prefill: Prefill = "dense") ->
     rule), unless it is given one as `past_key_values`.
 
     Args:
-        model: a decoder model that uses AttentionInterface (Llama, Qwen2, Qwen3, Mistral, ...), or BLOOM, MPT, Falcon
-            with ALiBi.
+        model: a decoder model that uses AttentionInterface (Llama, Qwen2, Qwen3, Mistral, Baichuan as in baichuan.py,
+            ...), or BLOOM, MPT or Falcon with ALiBi.
         plan: policy of every (layer, kv head).
         prefill: "dense" or "streaming", see RazorCache.
 
