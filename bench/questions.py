@@ -10,10 +10,11 @@ things occurs in one fact only, so that two words always say where to read on.
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -51,6 +52,7 @@ ANSWER_TOKENS = 4
 FACT_TOKENS = 2 + ANSWER_TOKENS + 1
 QUESTION_TOKENS = 3
 FACT_SHARE = 1 / 8  # share of a haystack's tokens which belong to facts, the rest is filler
+NEAREST_ASKED = 64  # tokens from an answer in a text back to where it was said, where the text is as long
 
 
 @dataclass(frozen=True)
@@ -177,3 +179,54 @@ def make_questions(
 def as_batch(questions: list[Question], *, answers: bool = False) -> torch.Tensor:
     """Prompts of the same length as one (count, tokens) tensor, with the answers behind them if wanted."""
     return torch.tensor([q.ids + q.answer if answers else q.ids for q in questions], dtype=torch.long)
+
+
+def text_words(rng: random.Random, length: int) -> list[str]:
+    """A text of exactly ``length`` words, <bos> included, which states facts and asks for them later, answers included.
+
+    Half of it is filler, a sixth states facts, a third asks for one. How far back an answer was said last is drawn
+    log-uniformly from ``NEAREST_ASKED`` to the whole text, so that every octave of distance has as many answers.
+    """
+    words = ["<bos>"]
+    facts = iter(make_facts(rng, min(length // 24 + 1, len(NAMES) * len(VERBS))))
+    said: dict[Fact, int] = {}  # where its things were said last
+    while len(words) < length:
+        kind = rng.choices(("filler", "fact", "ask"), (3, 1, 2))[0]
+        at = len(words) + QUESTION_TOKENS
+        if kind == "ask" and said:
+            wanted = rng.uniform(math.log(NEAREST_ASKED), math.log(max(NEAREST_ASKED, at)))
+            fact = min(said, key=lambda one: abs(math.log(at - said[one]) - wanted))
+            words += [*fact.question(), *fact.things, "."]
+            said[fact] = at
+        elif kind != "filler" and (new := next(facts, None)):
+            said[new] = len(words) + len(new.key)
+            words += new.sentence()
+        else:
+            words += filler_sentence(rng)
+    return words[:length]
+
+
+def make_text(tokenizer: Any, length: int, seed: int) -> list[int]:
+    """The token ids of one text of ``text_words``; the same for the same seed."""
+    ids_of = tokenizer.get_vocab()
+    return [ids_of[word] for word in text_words(random.Random(seed), length)]
+
+
+class Asked(NamedTuple):
+    """A token of an answer within a text."""
+
+    position: int
+    distance: int  # tokens back to the same token where the fact was said last, at most ``position``
+
+
+def asked_tokens(tokenizer: Any, ids: list[int]) -> list[Asked]:
+    """The tokens of a text which can only be predicted by looking back, and how far."""
+    question_mark = tokenizer.get_vocab()["?"]
+    said: dict[tuple[int, ...], int] = {}
+    asked = []
+    for at in range(2, len(ids)):
+        key = tuple(ids[at - 2 : at])
+        if at >= QUESTION_TOKENS and ids[at - QUESTION_TOKENS] == question_mark and key in said:
+            asked += [Asked(p, at - said[key]) for p in range(at, min(at + ANSWER_TOKENS, len(ids)))]
+        said[key] = at
+    return asked
