@@ -26,6 +26,7 @@ from tqdm import tqdm
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from questions import FACT_TOKENS, as_batch, build_tokenizer, haystack, make_facts, make_questions
+from training import descend, jumping_positions, new_optimizers, random_words, repeat_row, save_model
 
 SINKS = 4
 ASK_TOKENS = FACT_TOKENS + 1  # a question, its answer and the full stop
@@ -144,18 +145,6 @@ def induction_scores(model: LlamaForCausalLM, rng: random.Random, period: int = 
     return torch.stack(VIEW.scores)
 
 
-def random_words(rng: random.Random, vocab_size: int, count: int) -> list[int]:
-    return rng.choices(range(4, vocab_size), k=count)  # 0..3 are the special tokens
-
-
-def repeat_row(rng: random.Random, vocab_size: int, length: int) -> tuple[list[int], list[bool]]:
-    """Random words, repeated. Predictable from their second round on."""
-    period = round(math.exp(rng.uniform(math.log(12), math.log(length * 0.6))))
-    words = random_words(rng, vocab_size, period)
-    ids = [1, *(words * (length // period + 1))][:length]
-    return ids, [at > period + 1 for at in range(length)]
-
-
 def fact_row(rng: random.Random, ids_of: dict[str, int], length: int) -> tuple[list[int], list[bool]]:
     """A haystack and questions for all of its facts. Only the answers are predictable."""
     count = max(1, min(360, int(rng.uniform(0.15, 1.0) * length / (FACT_TOKENS + ASK_TOKENS))))
@@ -167,15 +156,6 @@ def fact_row(rng: random.Random, ids_of: dict[str, int], length: int) -> tuple[l
         words += [*fact.question(), *fact.things, "."]
         targets += [False] * 3 + [True] * len(fact.things) + [False]
     return [ids_of[word] for word in words], targets
-
-
-def jumping_positions(rng: random.Random, length: int, span: int) -> list[int]:
-    """Positions of a row which jump at one to three places, up to ``span``."""
-    cuts = sorted(rng.sample(range(1, length), rng.randint(1, 3)))
-    jumps = [rng.random() for _ in cuts]
-    total = rng.random() * max(0, span - length) / sum(jumps)
-    shift = [int(total * sum(jumps[:done])) for done in range(len(cuts) + 1)]
-    return [at + shift[sum(cut <= at for cut in cuts)] for at in range(length)]
 
 
 def make_batch(rng: random.Random, ids_of: dict[str, int], stage: Stage) -> dict[str, torch.Tensor]:
@@ -256,28 +236,6 @@ def look_back(model: LlamaForCausalLM, offsets: tuple[int, ...]) -> None:
         )
 
 
-def new_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for embedding and norms, both with steps of the same size."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
-    others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "layers" in name)]
-    return [
-        torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-
-
-def save_model(model: LlamaForCausalLM, tokenizer: Any, out: Path) -> None:
-    """Weights in bfloat16, which the configuration loads as float32."""
-    plain = LlamaForCausalLM(LlamaConfig.from_dict({**model.config.to_dict(), "dtype": "float32"}))
-    plain.load_state_dict(model.state_dict())
-    plain.generation_config.update(do_sample=False, max_new_tokens=4)
-    plain.to(torch.bfloat16).save_pretrained(out)
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n")
-    tokenizer.save_pretrained(out)
-    (out / "model.safetensors").chmod(0o644)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
@@ -314,11 +272,7 @@ def main() -> None:
         rate *= min(1.0, (step + 1) / 50)
         loss, accuracy = losses(model, make_batch(rng, ids_of, stage))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, share in zip(optimizers, (1.0, 0.3), strict=True):
-            optimizer.param_groups[0]["lr"] = rate * share
-            optimizer.step()
-            optimizer.zero_grad()
+        descend(model, optimizers, rate)
         VIEW.window = 0
         for name, now in {"loss": loss.item(), **accuracy}.items():
             recent[name] += 0.05 * (now - recent[name])
