@@ -193,6 +193,18 @@ def test_the_largest_product_is_found_wherever_it_is(shape: tuple[int, int, int]
             assert float(bound) == 0.0, (side, i)
 
 
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("step", [2.0**-12, 2.0**-14])
+def test_the_largest_of_many_that_round_alike(dtype: str, step: float) -> None:
+    """Rows of one direction, each a little longer than the last: bf16 does not tell them apart."""
+    line = torch.rand(64) + 0.5
+    for shuffle in range(20):
+        torch.manual_seed(shuffle)
+        q, k = ((line * (1 + step * torch.randperm(n)[:, None])).to(DTYPES[dtype])[:, None] for n in (200, 130))
+        bound = ops.alibi_windows(q, k, torch.ones(1), method="per_head", **DEFAULT)[1]
+        torch.testing.assert_close(bound, by_hand(q, k).float(), rtol=1e-6, atol=0)
+
+
 def by_hand(query: Tensor, key: Tensor) -> Tensor:
     return torch.einsum("ihc,jhc->hij", query.double(), key.double()).flatten(1).amax(1).clamp(min=0).sqrt()
 

@@ -24,11 +24,17 @@ from razor_attention import reference
 ROOT = Path(__file__).parent.parent
 NEEDS = {"scalar": set(), "avx2": {"avx2", "fma", "f16c"}}
 NEEDS["avx512"] = NEEDS["avx2"] | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+NEEDS["amx"] = NEEDS["avx512"] | {"avx512_bf16", "amx_tile", "amx_bf16"}
 ISAS = list(NEEDS)
 SMALL_CASES = [case for case in CASES if sum(call.q_len for call in case.calls) < 1000]
 WINDOWS = [(37, 50, 33, "float32"), (128, 31, 64, "bfloat16"), (5, 70, 7, "float16")]  # q_rows, k_rows, cols, dtype
 SCORES = [(3, 4, 33, "float32"), (40, 2, 64, "bfloat16"), (5, 3, 7, "float16")]  # period, repeats, head_dim, dtype
 
+ROUNDED = [  # and a scale: beyond what tiles take, without it, subnormal; many columns
+    *((300, 170, 96, "float32", scale) for scale in (1.0, 1e-3, 1e12, 1e-12, 1e-20)),
+    *((90, 400, 40, dtype, 0.02) for dtype in ("float32", "bfloat16", "float16")),
+    (33, 70, 5000, "float32", 0.02),
+]
 WINDOW_NUMBERS = {"theta": 1e-5, "alpha": 100, "method": "msmodelslim"}
 
 CHILD = """
@@ -41,7 +47,7 @@ results = {f"{case.name}.{i}": out.double().numpy()
            for case in test_isa.SMALL_CASES for i, out in enumerate(case.run())}
 for i, score in enumerate(test_isa.SCORES):
     results[f"scores.{i}"] = torch.stack(razor_attention.head_scores(*test_isa.score_inputs(*score), score[0])).numpy()
-for i, shape in enumerate(test_isa.WINDOWS):
+for i, shape in enumerate(test_isa.WINDOWS + test_isa.ROUNDED):
     windows, bound = torch.ops.razor.alibi_windows(*test_isa.window_inputs(*shape), **test_isa.WINDOW_NUMBERS)
     results |= {f"windows.{i}": windows.numpy(), f"bound.{i}": bound.numpy()}
 numpy.savez(sys.argv[1], isa=razor_attention.isa(), **results)
@@ -55,10 +61,13 @@ def score_inputs(period: int, repeats: int, head_dim: int, dtype: str) -> tuple[
     return q, k
 
 
-def window_inputs(q_rows: int, k_rows: int, cols: int, dtype: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Three heads, query by rows, key by columns; no product is rounded, so that every instruction set agrees."""
+def window_inputs(
+    q_rows: int, k_rows: int, cols: int, dtype: str, scale: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Three heads, query by rows, key by columns. Without a scale no product is rounded; otherwise all are random."""
     draw = np.random.default_rng(q_rows)
-    q, k = (torch.from_numpy(draw.integers(-8, 9, shape) / 8) for shape in ((q_rows, 3, cols), (3, cols, k_rows)))
+    shapes = (q_rows, 3, cols), (3, cols, k_rows)
+    q, k = (torch.from_numpy(scale * draw.standard_normal(s) if scale else draw.integers(-8, 9, s) / 8) for s in shapes)
     return q.to(getattr(torch, dtype)), k.to(getattr(torch, dtype)).permute(2, 0, 1), torch.tensor([0.5, 0.25, 0.125])
 
 
@@ -134,10 +143,23 @@ def test_alibi_windows(isa: str, number: int, results: dict[str, dict[str, np.nd
     assert results[isa][f"bound.{number}"].tolist() == bound.tolist()
 
 
+@pytest.mark.parametrize("number", range(len(WINDOWS), len(WINDOWS) + len(ROUNDED)))
+def test_the_same_bound_with_every_fma(number: int, results: dict[str, dict[str, np.ndarray]]) -> None:
+    """A product is one chain of fma; AMX only says where the largest cannot be."""
+    q, k, slopes = window_inputs(*ROUNDED[number - len(WINDOWS)])
+    bound = reference.alibi_windows(q, k, slopes, None, **WINDOW_NUMBERS)[1].numpy()
+    for isa, found in results.items():
+        assert found[f"bound.{number}"] == pytest.approx(bound, rel=1e-5)
+        if isa not in ("scalar", "avx2"):
+            assert found[f"bound.{number}"].tobytes() == results["avx2"][f"bound.{number}"].tobytes(), isa
+
+
 @pytest.mark.skipif(len(present()) < 2, reason="this CPU has one instruction set only")
 def test_they_are_different_code(results: dict[str, dict[str, np.ndarray]]) -> None:
     """Rounding differs somewhere between any two, in attention and in scores."""
     for a, b in combinations(results, 2):
+        if (a, b) == ("avx512", "amx"):
+            continue  # the same attention and scores, compiled once more
         for part in ("prefill", "scores"):
             names = [name for name in results[a] if name.startswith(part)]
             assert any(not np.array_equal(results[a][name], results[b][name]) for name in names), (a, b, part)
@@ -147,7 +169,7 @@ def test_they_are_different_code(results: dict[str, dict[str, np.ndarray]]) -> N
 def test_a_wrong_name_is_refused(wrong: str) -> None:
     child = run_child("import razor_attention; print(razor_attention.isa())", wrong)
     assert child.returncode != 0
-    message = f"RAZOR_ISA: expected one of scalar, avx2, avx512, got {wrong}"
+    message = f"RAZOR_ISA: expected one of scalar, avx2, avx512, amx, got {wrong}"
     assert child.stderr.strip().splitlines()[-1] == f"ValueError: {message}"
 
 
@@ -196,6 +218,15 @@ def test_kernels_share_no_code_across_instruction_sets(path: Path) -> None:
     assert [name for kind, name in found if kind in "WwVvu"] == []
     assert [name for kind, name in found if kind in "TDBRGSC"] == [f"razor::cpu::kernels_{isa}"]
     assert len([name for kind, name in found if kind == "t"]) > 5
+
+
+@pytest.mark.skipif(not OBJECTS, reason="no build tree")
+@pytest.mark.parametrize("path", OBJECTS, ids=lambda p: f"{p.relative_to(ROOT).parts[1]}-{p.stem}")
+def test_only_amx_uses_tiles(path: Path) -> None:
+    if shutil.which("objdump") is None:
+        pytest.skip("objdump is not installed")
+    code = subprocess.run(["objdump", "-d", str(path)], capture_output=True, text=True, check=True).stdout
+    assert ("tdpbf16ps" in code) == (path.name == "kernels_amx.cpp.o")
 
 
 def library(name: str) -> Path:

@@ -339,6 +339,7 @@ UNDER_TEST = {
     "cpu/kernels.h": ("test_isa.py", "RAZOR_ISA"),
     "cpu/kv_rows-inl.h": ("test_kv_cache.py", "append"),
     "cpu/products-inl.h": ("test_alibi_windows.py", "alibi_windows"),
+    "cpu/products_amx-inl.h": ("test_isa.py", "amx"),
     "cpu/vec_avx2.h": ("test_isa.py", "avx2"),
     "cpu/vec_avx512.h": ("test_isa.py", "avx512"),
     "cpu/vec_scalar.h": ("test_isa.py", "scalar"),

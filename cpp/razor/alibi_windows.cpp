@@ -37,7 +37,7 @@ std::vector<float> largest_products(const AlibiWindowsParams& p, ParallelFor par
   for_each_item(parallel_for, p.num_heads * blocks, [&](int64_t item) {
     const int64_t head = item / blocks, row = item % blocks * block_rows;
     const int64_t rows = std::min(block_rows, p.q_rows - row);
-    const Scratch scratch(cpu::product_scratch(rows, p.cols));
+    const Scratch scratch(cpu::product_scratch(rows, p.k_rows, p.cols));
     largest[item] = cpu::kernels().largest_product({.left = head_start(p.query, p.query_stride, p.format, row, head),
                                                     .right = head_start(p.key, p.key_stride, p.format, /*row=*/0, head),
                                                     .scratch = scratch.data,

@@ -35,14 +35,17 @@ inline constexpr int64_t kMostPanelRows = 64;  // rows that a kernel packs toget
 struct ProductBlock {
   const void* left;                         // [left_rows, cols] of format
   const void* right;                        // [right_rows, cols] of format
-  float* scratch;                           // [product_scratch(left_rows, cols)], at a multiple of 64 bytes
+  float* scratch;                           // [product_scratch(...)], at a multiple of 64 bytes
   int64_t left_stride[2], right_stride[2];  // elements: row, column
   int64_t left_rows, right_rows, cols;      // at least 1 each
   KvFormat format;
 };
 
-// Elements of scratch: the packed left rows and one panel of right rows.
-constexpr int64_t product_scratch(int64_t left_rows, int64_t cols) { return (left_rows + 2 * kMostPanelRows) * cols; }
+// Elements of scratch that are enough for every kernel: packed left rows, some panels of right rows, and a number for
+// each block of 32 by 32 rows.
+constexpr int64_t product_scratch(int64_t left_rows, int64_t right_rows, int64_t cols) {
+  return (left_rows + 5 * kMostPanelRows) * (cols + 32) + (left_rows / 32 + 1) * (right_rows / 32 + 1);
+}
 
 struct Kernels {
   void (*attention_tile)(const AttentionTile& tile);
@@ -61,6 +64,7 @@ struct Kernels {
 extern const Kernels kernels_scalar;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_amx;
 
 // The table of chosen_isa().
 [[nodiscard]] const Kernels& kernels();

@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels of AVX-512 once more, with tiles of bf16 where they help.
+#define RAZOR_ISA_NAMESPACE avx512
+#include "razor/cpu/vec_avx512.h"
+// After Vec, which they are written against.
+#include "razor/cpu/attention-inl.h"
+#include "razor/cpu/kv_rows-inl.h"
+#include "razor/cpu/products-inl.h"
+#include "razor/cpu/products_amx-inl.h"
+
+namespace razor::cpu {
+const Kernels kernels_amx = {.attention_tile = avx512::attention_tile,
+                             .score_tile = avx512::score_tile,
+                             .add_rows = avx512::add_rows,
+                             .load_row = avx512::load_row,
+                             .store_row = avx512::store_row,
+                             .dot = avx512::dot,
+                             .largest_product = avx512::largest_product_amx};
+}  // namespace razor::cpu
