@@ -5,11 +5,11 @@
 // Why that is exact. With q', k' the rows rounded to bf16 (relative error u = 2^-8 of an element) and s' their product
 // in float32, Cauchy-Schwarz gives for the product s that products-inl.h computes in float32
 //     |s - s'| <= (2u + u^2 + n 2^-22) |q| |k|      for n columns; the last term holds the rounding of both sums
-// and without the terms in u where rows are bf16 already. AMX takes subnormals for zero: kUnderflow covers those of
-// rows whose norm is at most kMostNorm (and 2^-50 is added to a norm, whose squares may underflow too). So no product
-// of a block exceeds upper = max s' + that margin, with the largest norms of the block. The block with the largest
-// upper is computed; after it, only blocks whose upper is larger than what was found. Rows with NaN, inf or a larger
-// norm leave the whole call to products-inl.h, which tells NaN from numbers.
+// and without the terms in u where rows are bf16 already. AMX takes subnormals for zero, which loses at most
+// n 2^-125 (1 + |q| + |k|): much less than the margin, since norms are taken 2^-50 at least. So no product of a block
+// exceeds upper = max s' + margin of the largest norms in it. The block with the largest upper is computed; after it,
+// only those whose upper is larger than what was found. Rows with NaN, inf or norms whose product could overflow leave
+// the whole call to products-inl.h, which tells NaN from numbers.
 
 namespace razor::cpu::RAZOR_ISA_NAMESPACE {
 namespace {
@@ -18,10 +18,10 @@ constexpr int kTileRows = 16;
 constexpr int kTileDepth = 32;                         // columns: a line of a tile is 64 bytes
 constexpr int kSide = 2 * kTileRows;                   // rows of a panel; a block is one panel by another
 constexpr int kTileElements = kTileRows * kTileDepth;  // of bf16
-constexpr int kRightGroup = 4;                         // right panels in the L1 cache together
-constexpr float kMostNorm = 1048576.0f;                // 2^20
+constexpr int kBlockProducts = kSide * kSide;
+constexpr int kRightGroup = 4;              // right panels in the L1 cache together
+constexpr float kMostNorm = 1.1529215e18f;  // 2^60
 constexpr int64_t kMostScreenedCols = 4096;
-constexpr float kUnderflow = 8.0779357e-28f;  // 2^-90
 static_assert(kRightGroup * kSide <= 2 * kMostPanelRows);
 
 // x[i] lane j <-> x[j] lane i
@@ -88,6 +88,8 @@ inline float pack_tiles(const T* rows, int64_t row_stride, int64_t col_stride, i
           const Vec odd = load_line(first + (column + 1) * col_stride, 1, column + 1 < cols ? held : 0);
           squares[i] = fma(even, even, fma(odd, odd, squares[i]));
           lines[i] = interleave(even, odd);
+          __builtin_prefetch(first + column * col_stride + kSide);  // of the next panel, since columns lie far apart
+          __builtin_prefetch(first + (column + 1) * col_stride + kSide);
         }
       } else {
         for (int i = 0; i < kTileRows; ++i) {
@@ -115,7 +117,8 @@ inline float pack_tiles(const T* rows, int64_t row_stride, int64_t col_stride, i
   return __builtin_sqrtf(largest + 7.8886091e-31f);  // 2^-100
 }
 
-// The largest of the bf16 products of two panels.
+// The largest of the bf16 products of two panels, of which `products` is to hold [kSide * kSide].
+// Tried: taking the maximum of one block while the tiles of the next multiply; no faster.
 inline float block_maximum(const uint16_t* left, const uint16_t* right, int64_t cols, float* products) {
   _tile_zero(0);
   _tile_zero(1);
@@ -134,13 +137,13 @@ inline float block_maximum(const uint16_t* left, const uint16_t* right, int64_t 
     right += 2 * kTileElements;
   }
   _tile_stored(0, products, 64);
-  _tile_stored(1, products + 256, 64);
-  _tile_stored(2, products + 512, 64);
-  _tile_stored(3, products + 768, 64);
+  _tile_stored(1, products + kBlockProducts / 4, 64);
+  _tile_stored(2, products + kBlockProducts / 2, 64);
+  _tile_stored(3, products + kBlockProducts / 4 * 3, 64);
   Vec largest[4];
-  for (int i = 0; i < 4; ++i) largest[i] = Vec::load(products + 256 * i);
-  for (int r = 1; r < kTileRows; ++r) {
-    for (int i = 0; i < 4; ++i) largest[i] = max(largest[i], Vec::load(products + 256 * i + 16 * r));
+  for (int i = 0; i < 4; ++i) largest[i] = Vec::load(products + i * Vec::kLanes);
+  for (int p = 4 * Vec::kLanes; p < kBlockProducts; p += 4 * Vec::kLanes) {
+    for (int i = 0; i < 4; ++i) largest[i] = max(largest[i], Vec::load(products + p + i * Vec::kLanes));
   }
   return max(max(largest[0], largest[1]), max(largest[2], largest[3])).largest();
 }
@@ -166,8 +169,8 @@ inline float screened_largest_product(const ProductBlock& b) {
   const int64_t panel_elements = (b.cols + kTileDepth - 1) / kTileDepth * 2 * kTileElements;
   auto* left_tiles = reinterpret_cast<uint16_t*>(b.scratch);          // [left_panels, panel_elements]
   uint16_t* right_tiles = left_tiles + left_panels * panel_elements;  // [kRightGroup, panel_elements]
-  float* products = reinterpret_cast<float*>(right_tiles + kRightGroup * panel_elements);  // [4, 16, 16]
-  float* exact_scratch = products + 4 * kTileRows * kTileRows;                             // for one block
+  float* products = reinterpret_cast<float*>(right_tiles + kRightGroup * panel_elements);  // [kBlockProducts]
+  float* exact_scratch = products + kBlockProducts;                                        // for one block
   float* left_norm = exact_scratch + (2 * kMostPanelRows + kSide) * b.cols;                // [left_panels]
   float* upper = left_norm + left_panels;  // [right_panels, left_panels]
 
@@ -198,7 +201,7 @@ inline float screened_largest_product(const ProductBlock& b) {
         const int64_t block = (group + j) * left_panels + i;
         upper[block] =
             block_maximum(left_tiles + i * panel_elements, right_tiles + j * panel_elements, b.cols, products) +
-            error * left_norm[i] * right_norm[j] + kUnderflow;
+            error * left_norm[i] * right_norm[j];
         if (upper[block] > upper[likely]) likely = block;
       }
     }
