@@ -166,9 +166,24 @@ def attend_and_measure(
                 # lost[r, j]: what row r loses with the window that begins behind token j. Adding from the oldest token
                 # on keeps the small weights exact.
                 lost = weight.double().cumsum(-1).clamp(max=1).float()
-                for r, p in enumerate(range(first, end)):
-                    torch.maximum(mass[h, 1 : p + 1], lost[r, :p].flip(0), out=mass[h, 1 : p + 1])
+                worst = _by_distance(lost.flip(1)).amax(0)  # [w]
+                torch.maximum(mass[h, 1:end], worst[1:], out=mass[h, 1:end])
     return out, mass
+
+
+def _by_distance(newest_first: Tensor) -> Tensor:
+    """Row r shifted left so that its first column is its own token, zeros after its last.
+
+    Args:
+        newest_first: (rows, tokens); the last row's own token stands first, that of the row before second, and so on.
+
+    Returns:
+        (rows, tokens), a view.
+    """
+    rows, tokens = newest_first.shape
+    padded = newest_first.new_zeros(rows, tokens + rows)
+    padded[:, :tokens] = newest_first
+    return padded.as_strided((rows, tokens), (tokens + rows - 1, 1), rows - 1)
 
 
 def smallest_windows(mass: Tensor, theta: float) -> Tensor:
