@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..files import read_json
 
@@ -69,8 +69,17 @@ def map_model(folder: Path) -> PreTrainedModel:
             "model: expected accelerate to be installed to run a model from its files, got none; "
             "pip install 'razor-attention[hf]'"
         )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map={"": "disk"}, local_files_only=True)
-    return model.eval()  # type: ignore[no-any-return, no-untyped-call]
+    auto: Any = AutoModelForCausalLM  # untyped
+    with torch.device("meta"):
+        empty = auto.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    decoder = empty.base_model_prefix
+    # The decoder's norm and the like in memory, all else on disk: with everything there, transformers before 5.23 would
+    # never load a part to run it.
+    places = {name: "disk" for name, _ in empty.named_children() if name != decoder}
+    for name, part in getattr(empty, decoder).named_children():
+        places[f"{decoder}.{name}"] = "disk" if isinstance(part, nn.ModuleList | nn.Embedding) else "cpu"
+    model = auto.from_pretrained(folder, dtype="auto", device_map=places, local_files_only=True)
+    return model.eval()  # type: ignore[no-any-return]
 
 
 def _keys(file: Path) -> list[str]:
