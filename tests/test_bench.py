@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from razor_attention.bench import attention, cases, demo, harness, head_scores, memory, plot, windows
-from razor_attention.bench.questions import Question
+from razor_attention.bench.questions import Asked, Question, asked_tokens, build_tokenizer, make_text
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from razor_attention import HeadScores, Plan
 from razor_attention.reference import kept_tokens
@@ -221,6 +222,38 @@ def test_peak_sees_memory_that_is_gone_again(monkeypatch, refused):
             block += 1
         del block
         assert peak.bytes() - before > 60 << 20
+
+
+# --- texts and the model which reads them
+
+
+def test_texts_ask_for_what_they_said():
+    tokenizer = build_tokenizer()
+    for length in (1, 2, 40, 2048):
+        assert len(make_text(tokenizer, length, 3)) == length
+    ids = make_text(tokenizer, 2048, 3)
+    assert ids == make_text(tokenizer, 2048, 3) != make_text(tokenizer, 2048, 4)
+    asked = asked_tokens(tokenizer, ids)
+    assert all(ids[position] == ids[position - distance] for position, distance in asked)
+    assert len(asked) > 2048 // 8
+    octaves = {distance.bit_length() for _, distance in asked}
+    assert octaves >= {7, 8, 9, 10}
+    words = ["mia", "hid", "lamp", "rope", "coin", "bell", ".", "?", "zoe", "made", "?", "mia", "hid", "lamp", "rope"]
+    short = [tokenizer.get_vocab()[word] for word in words]
+    assert asked_tokens(tokenizer, short) == [Asked(13, 11), Asked(14, 11)]
+
+
+@torch.no_grad()
+def test_alibi_model_reads_far_back():
+    folder = Path(demo.__file__).parent / "alibi_model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert (model.config.model_type, model.dtype) == ("bloom", torch.float32)
+    ids = make_text(tokenizer, 768, 1)
+    logits = model(torch.tensor([ids])).logits[0, :-1]
+    assert torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:])).exp() < 6.0
+    far = [position for position, distance in asked_tokens(tokenizer, ids) if distance > 128]
+    right = logits[torch.tensor(far) - 1].argmax(-1) == torch.tensor(ids)[far]
+    assert right.float().mean() > 0.9
 
 
 # --- demo and plot
