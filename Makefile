@@ -30,6 +30,7 @@ bench: $(VENV)/.installed
 	$(RUN) razor_attention.bench.attention --question decode --context 8k 32k
 	$(RUN) razor_attention.bench.attention --question prefill --context 8k
 	$(RUN) razor_attention.bench.head_scores
+	$(RUN) razor_attention.bench.windows
 	$(RUN) razor_attention.bench.memory
 
 plot: $(VENV)/.installed
