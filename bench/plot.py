@@ -108,8 +108,8 @@ def main(argv: list[str] | None = None) -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--results", type=Path, default=RESULTS, help=f"folder of the CSV files (default: {RESULTS})")
     arguments = flags.parse_args(argv)
-    # The demo's table has columns of its own, and a picture of its own: scores.png.
-    files = sorted(path for path in arguments.results.glob("*/*.csv") if path.name != "demo.csv")
+    # The demos' tables have columns of their own, and pictures of their own: scores.png, alibi_windows.png.
+    files = sorted(path for path in arguments.results.glob("*/*.csv") if not path.name.endswith("demo.csv"))
     if not files:
         flags.error(f"--results: expected <machine>/<question>.csv in it, got none in {arguments.results}")
     for path in files:

@@ -179,15 +179,18 @@ def generate(arguments: Namespace) -> None:
 
 
 def demo(arguments: Namespace) -> None:
-    """Run the demo with the shipped model or another one of its kind."""
+    """Run the demo with the shipped models, or its first half with another one of its kind."""
     from .hf.models import load_model
 
     bench = _bench("demo")
     folder: Path = arguments.model or bench.MODEL
     if not (folder / "config.json").is_file():
         raise ValueError(f"--model: expected the shipped model in {folder}, got none; name the folder of another one")
-    model, tokenizer = load_model(folder, "auto")
-    bench.run(model, tokenizer, arguments.out, lengths=arguments.length, questions=arguments.questions)
+    bench.run(*load_model(folder, "auto"), arguments.out, lengths=arguments.length, questions=arguments.questions)
+    if arguments.model is None:
+        print()
+        alibi = _bench("alibi_demo")
+        alibi.run(*load_model(alibi.MODEL, "auto"), arguments.out, length=min(4096, max(arguments.length)))
 
 
 class _Clock:
