@@ -103,6 +103,18 @@ def test_a_literal_restatement() -> None:
     assert differs > 10, "the order of rounding shows"
 
 
+@pytest.mark.parametrize("alpha", [0, 100, 10000])
+def test_every_rounding(alpha: int) -> None:
+    """One product for each of many heads: torch itself rounds the same steps."""
+    heads = 50000
+    q, k = torch.rand(1, heads, 1) * 4, torch.rand(1, heads, 1)
+    slopes = torch.rand(heads) / 50 + 1e-3
+    wanted = ((q * k).flatten().sqrt() + math.log(3.7e-5) + alpha) / slopes
+    assert windows_of([(q, k)], slopes, theta=3.7e-5, alpha=alpha) == wanted.long().tolist()
+    wanted = (math.log(3.7e-5) + alpha) / slopes
+    assert windows_of([(q, -k)], slopes, theta=3.7e-5, alpha=alpha) == wanted.long().tolist()
+
+
 # By hand.
 
 
