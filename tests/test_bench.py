@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from razor_attention.bench import attention, cases, demo, harness, head_scores, memory, plot, windows
+from razor_attention.bench import alibi_demo, attention, cases, demo, harness, head_scores, memory, plot, windows
 from razor_attention.bench.questions import Asked, Question, asked_tokens, build_tokenizer, make_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -254,6 +254,29 @@ def test_alibi_model_reads_far_back():
     far = [position for position, distance in asked_tokens(tokenizer, ids) if distance > 128]
     right = logits[torch.tensor(far) - 1].argmax(-1) == torch.tensor(ids)[far]
     assert right.float().mean() > 0.9
+
+
+def test_windows_of_the_alibi_model(tmp_path, capsys):
+    """All rules keep what it says; equal bytes spread evenly do not."""
+    folder = Path(demo.__file__).parent / "alibi_model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    alibi_demo.run(model, tokenizer, tmp_path / "out", length=768, texts=1)
+    with (tmp_path / "out/alibi_demo.csv").open(newline="") as file:
+        rows = {row["method"]: {k: float(v) for k, v in row.items() if k != "method"} for row in csv.DictReader(file)}
+    full = rows["full cache (transformers)"]
+    for method in ("msmodelslim", "per_head", "theorem", "calibrated, 1e-05", "calibrated, 0.001", "calibrated, 0.01"):
+        assert abs(rows[method]["perplexity"] / full["perplexity"] - 1) < 0.01
+        assert rows[method]["answered"] >= full["answered"] - 0.01
+    held = [rows[method]["kv_ratio"] for method in ("theorem", "per_head", "msmodelslim", "calibrated, 0.01")]
+    assert held == sorted(held, reverse=True)
+    assert held[-1] < 0.5
+    least, even = rows["calibrated, 0.1"], [row for method, row in rows.items() if method.startswith("uniform")][-1]
+    assert even["kv_ratio"] >= least["kv_ratio"]
+    assert even["perplexity"] > 1.2 * least["perplexity"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "alibi_demo.csv", "alibi_windows.pt", "alibi_windows.png",
+    }  # fmt: skip
+    assert "768 tokens" in capsys.readouterr().out
 
 
 # --- demo and plot
