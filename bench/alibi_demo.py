@@ -91,7 +91,7 @@ def results(
         plan, dropped = None, 0.0
         if windows is not None:
             plan = Plan.from_windows(windows, num_layers=len(mass), num_kv_heads=mass.shape[1])
-            dropped = float(mass.gather(-1, windows.clamp(max=length)[..., None]).max())
+            dropped = float(f"{mass.gather(-1, windows.clamp(max=length)[..., None]).max():.3g}")
         loss, right, asked, kv_bytes = 0.0, 0, 0, 0
         for ids in read:
             wanted = torch.tensor(ids[1:])
@@ -101,10 +101,20 @@ def results(
             right += int((scores[places].argmax(1) == wanted[places]).sum())
             asked += len(places)
         sizes = [length] if windows is None else windows.flatten().tolist()
-        perplexity = math.exp(loss / (texts * (length - 1)))
+        perplexity = round(math.exp(loss / (texts * (length - 1))), 4)
         ratio = kv_bytes / rows[0].kv_bytes if rows else 1.0
         rows.append(
-            Result(length, name, min(sizes), max(sizes), dropped, perplexity, right / asked, kv_bytes, round(ratio, 4))
+            Result(
+                length,
+                name,
+                min(sizes),
+                max(sizes),
+                dropped,
+                perplexity,
+                round(right / asked, 4),
+                kv_bytes,
+                round(ratio, 4),
+            )
         )
     return rows, methods
 
