@@ -127,12 +127,15 @@ def test_a_rope_model_has_no_windows():
 # --- RoPE
 
 
+PROBED = [0, 3, 5]  # query heads, of different kv heads: a dense map of all would take half a minute
+
+
 def dense_scores(query, key, scale, period=2500):
     """The rule by blocks of the dense map, float64. query [heads, 10001, dim], key [kv heads, 10001, dim]."""
     heads, tokens = query.shape[0], query.shape[1] - 1
     key = key.repeat_interleave(heads // key.shape[0], 0).double()
     scores = torch.zeros(2, heads, dtype=torch.float64)
-    for head in range(heads):
+    for head in PROBED:
         for first in range(period, tokens, period // 2):  # rows of the map without the prefix
             rows = torch.arange(first, first + period // 2)
             logits = scale * query[head, rows + 1].double() @ key[head].T
@@ -144,7 +147,7 @@ def dense_scores(query, key, scale, period=2500):
                 row, column = torch.arange(len(rows))[earlier], column[earlier]
                 scores[0, head] += attention[row, column].sum()
                 scores[1, head] += attention[row, column + 1].sum()
-    return scores / (tokens - period)
+    return scores[:, PROBED] / (tokens - period)
 
 
 def heads_by_the_rule(scores, num_kv_heads, ratio):
@@ -180,9 +183,9 @@ def test_script_on_rope_models(tmp_path, family, monkeypatch):
     assert ids[1:].view(4, 2500).unique(dim=0).shape[0] == 1
     assert ids[1:].min() >= 10000
     assert ids[1:].max() <= 12500
-    wanted = torch.stack([dense_scores(*layer) for layer in seen])  # [layers, 2, heads]
-    assert (ra.scores.echo - wanted[:, 0]).abs().max() < 1e-5
-    assert (ra.scores.induction - wanted[:, 1]).abs().max() < 1e-5
+    wanted = torch.stack([dense_scores(*layer) for layer in seen])  # [layers, 2, probed heads]
+    assert (ra.scores.echo[:, PROBED] - wanted[:, 0]).abs().max() < 1e-5
+    assert (ra.scores.induction[:, PROBED] - wanted[:, 1]).abs().max() < 1e-5
 
     file = torch.load(tmp_path / "heads.pt", weights_only=True)
     assert file == {
