@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import math
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,9 +56,7 @@ def make_methods(model: PreTrainedModel, mass: Tensor) -> dict[str, Tensor | Non
     for rule in ("msmodelslim", "per_head", "theorem"):
         methods[rule] = find_windows(model, method=rule, progress=False).expand(layers, heads)
     for theta in THETAS:
-        with warnings.catch_warnings():  # a short text is read to its first token by some head
-            warnings.simplefilter("ignore", UserWarning)
-            methods[f"calibrated, {theta:g}"] = smallest_windows(mass, theta)
+        methods[f"calibrated, {theta:g}"] = smallest_windows(mass, theta)
     for theta in THETAS[1:]:  # as many rows in all as the calibrated windows have, the same for every head
         each = methods[f"calibrated, {theta:g}"]
         assert each is not None

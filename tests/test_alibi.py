@@ -121,7 +121,7 @@ def test_windows_are_clamped():
         ({"weights": []}, "weights: expected at least one layer, got none"),
         (
             {"method": "theorem"},
-            "weights: expected the norm of every layer for method 'theorem', got none for layer 0",
+            "weights[0] norm: expected that before the projections for method 'theorem', got none",
         ),
         ({"theta": 0.0}, "theta: expected a value > 0 and <= 1, got 0"),
         ({"alpha": -1.0}, "alpha: expected a finite value >= 0, got -1"),
@@ -132,6 +132,13 @@ def test_windows_are_clamped():
 def test_bad_input(options, message):
     with pytest.raises(ValueError, match=exactly(message)):
         alibi_windows(**{"weights": weights(), "slopes": alibi_slopes(4)} | options)
+
+
+@pytest.mark.parametrize("name", ["theta", "alpha"])
+@pytest.mark.parametrize("value", ["a", None, True])
+def test_numbers(name, value):
+    with pytest.raises(TypeError, match=exactly(f"{name}: expected a number, got {type(value).__name__}")):
+        alibi_windows(weights(), alibi_slopes(4), **{name: value})
 
 
 @pytest.mark.parametrize("slopes", [[1.0], [1.0, 0.0, 1.0, 1.0], [1.0, math.nan, 1.0, 1.0]])
@@ -145,7 +152,9 @@ def test_bad_slopes_for_the_theorem(slopes):
 def test_weights_that_are_not_finite(method):
     layers = [(query, key, (torch.ones(20), None)) for query, key in weights()]
     layers[1][0][3, 2, 1] = math.nan
-    with pytest.raises(ValueError, match=exactly("query: expected finite products with key, got nan in head 2")):
+    with pytest.raises(
+        ValueError, match=exactly("weights[1] query: expected finite products with key, got nan in head 2")
+    ):
         alibi_windows(layers, alibi_slopes(4), method=method)
     assert (alibi_windows(layers, alibi_slopes(4)) > 0).all()  # msmodelslim leaves that head of that layer out
 

@@ -16,8 +16,8 @@ from razor_attention import FULL, HeadScores, Plan, cli, command, find_heads, fi
 from razor_attention.files import load_heads, load_windows, save_heads, save_windows
 
 ROPE = (
-    "model: expected one that uses ALiBi (bloom, mpt, falcon, baichuan), got llama, which does not; "
-    "its heads are found by find_heads"
+    "model: expected one that uses ALiBi (bloom, mpt, falcon with alibi, baichuan 13B), got llama; rotary models "
+    "have retrieval heads instead: find_heads; one that does use ALiBi needs its slopes named"
 )
 TEXT = "mia hid lamp rope coin bell . the old wind moves over the quiet hill . ? mia hid"
 PNG = b"\x89PNG\r\n"
@@ -334,6 +334,7 @@ def test_help_has_an_example_that_parses(name, capsys, model, monkeypatch):
         ("windows MODEL --alpha -1", "--alpha: expected a number >= 0, got '-1'"),
         ("windows MODEL --method guess",
          "--method: expected one of msmodelslim, per_head, theorem, calibrated, got 'guess'"),
+        ("windows MODEL --per-layer", "--per-layer: expected another --method than msmodelslim, got it"),
         ("windows MODEL --method calibrated", "--text: expected a file with --method calibrated, got none"),
         ("inspect gone.pt", "FILE: expected a file, got 'gone.pt'"),
         ("inspect bad.tsv", "bad.tsv: expected a torch file of plain values, got UnpicklingError"),

@@ -20,7 +20,7 @@ from transformers import (
     MptForCausalLM,
 )
 
-from razor_attention import FULL, Plan, alibi_slopes, dropped_mass, find_heads, find_windows
+from razor_attention import FULL, Plan, alibi_slopes, find_heads, find_windows
 from razor_attention.hf import checkpoint
 from razor_attention.hf.baichuan import BaichuanConfig, BaichuanForCausalLM
 from test_find_heads import tokenizer
@@ -252,102 +252,11 @@ def test_bfloat16_weights_are_computed_in_float32():
     assert find_windows(half, progress=False).equal(find_windows(half.float(), progress=False))
 
 
-# --- calibrated
-
-
-def brute_force(model, ids):
-    """[layers, heads, tokens + 1] from the model's own attention maps."""
-    with torch.no_grad():
-        maps = model(ids, output_attentions=True, use_cache=False).attentions
-    maps, tokens = torch.stack(maps).double().amax(1), ids.shape[1]  # of one sequence
-    mass = torch.zeros(*maps.shape[:2], tokens + 1, dtype=torch.float64)
-    for w in range(tokens + 1):
-        for p in range(tokens):
-            mass[..., w] = torch.maximum(mass[..., w], maps[..., p, : max(0, p - w + 1)].sum(-1))
-    return mass
-
-
-@pytest.fixture(scope="module")
-def read():
-    model, *_ = made("bloom")
-    model.eval()
-    ids = prompts(70)[0]
-    return model, ids, brute_force(model, ids)
-
-
-def test_dropped_mass(read):
-    model, ids, wanted = read
-    mass = dropped_mass(model, ids, progress=False)
-    torch.testing.assert_close(mass.double(), wanted, rtol=1e-4, atol=1e-7)
-    assert (mass[..., 0] == 1).all()
-    assert (mass[..., -1] == 0).all()
-    assert (mass.diff() <= 0).all()
-    assert 2 < (mass > 1e-2).sum(-1).min() < (mass > 1e-2).sum(-1).max() < 70
-
-
-@pytest.mark.parametrize("name", ["mpt", "baichuan"])
-def test_dropped_mass_of_other_models(name):
-    model, *_ = made(name)
-    model.eval()
-    ids = prompts(40)[0]
-    model.set_attn_implementation("eager")
-    wanted = brute_force(model, ids)
-    torch.testing.assert_close(dropped_mass(model, ids, progress=False).double(), wanted, rtol=1e-4, atol=1e-7)
-
-
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "packed"])
-def test_measuring_computes_what_the_model_does(name):
-    model, *_ = made(name)
-    model.eval()
-    ids, out = prompts(40)[0], []
-    hook = model.base_model.register_forward_hook(lambda *parts: out.append(parts[-1].last_hidden_state))
-    with torch.no_grad():
-        model(ids, use_cache=False)
-    dropped_mass(model, ids, progress=False)
-    hook.remove()
-    torch.testing.assert_close(out[1], out[0], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("theta", [1e-1, 3e-2, 1e-2])
-def test_calibrated(read, theta):
-    model, ids, mass = read
-    wanted = (mass > theta).int().argmin(-1)  # the first window that drops no more
-    options = {"method": "calibrated", "theta": theta, "ids": ids, "progress": False}
-    found = find_windows(model, per_layer=True, **options)
-    assert found.equal(wanted.clamp(min=1))
-    assert find_windows(model, **options).equal(found.amax(0))
-    assert (mass.gather(-1, found[..., None]) <= theta).all()
-    assert (mass.gather(-1, found[..., None] - 1) > theta).all()
-
-
-def test_calibrated_takes_the_worst_sequence(read):
-    model, ids, _ = read
-    other = prompts(70, seed=1)[0]
-    both = dropped_mass(model, torch.cat([ids, other]), progress=False)
-    each = [dropped_mass(model, one, progress=False) for one in (ids, other)]
-    torch.testing.assert_close(both, torch.maximum(*each), rtol=1e-5, atol=1e-8)
-
-
-def test_text_that_is_too_short_for_a_head(read):
-    model, ids, _ = read
-    with pytest.warns(UserWarning, match="^ids: expected a text longer than every head reads, got 70 tokens, "):
-        find_windows(model, method="calibrated", theta=1e-12, ids=ids, progress=False)
-
-
-def test_measuring_leaves_the_model_as_it_was(read):
-    model, ids, _ = read
-    kinds = [type(module) for module in model.modules()], model.config._attn_implementation
-    dropped_mass(model, ids, progress=False)
-    with pytest.raises(IndexError):
-        dropped_mass(model, ids + 1000, progress=False)
-    assert ([type(module) for module in model.modules()], model.config._attn_implementation) == kinds
-
-
 # --- what is refused
 
 ROPE = (
-    "model: expected one that uses ALiBi (bloom, mpt, falcon, baichuan), got {}, which does not; "
-    "its heads are found by find_heads"
+    "model: expected one that uses ALiBi (bloom, mpt, falcon with alibi, baichuan 13B), got {}; rotary models "
+    "have retrieval heads instead: find_heads; one that does use ALiBi needs its slopes named"
 )
 
 
@@ -364,6 +273,89 @@ def test_other_modules_with_rotary_positions():
     model.layers[0].rotary_emb = nn.Identity()
     with pytest.raises(ValueError, match=exactly(ROPE.format("SimpleNamespace"))):
         find_windows(model, progress=False)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_position_embeddings": 2048},
+        {"rope_theta": 1e4},
+        {"rope_parameters": {"rope_theta": 1e4}},
+        {"rotary": {"base": 1e4}},
+        {"model_type": "baichuan", "max_position_embeddings": 2048},
+    ],
+    ids=str,
+)
+def test_configurations_that_hint_at_other_positions(tmp_path, values):
+    model = PackedModel()
+    model.config = SimpleNamespace(**vars(model.config) | values)
+    got = values.get("model_type", "SimpleNamespace")
+    with pytest.raises(ValueError, match=exactly(ROPE.format(got))):
+        find_windows(model, progress=False)
+    if "model_type" not in values:
+        save(model, tmp_path / "model", "safetensors")
+        with pytest.raises(ValueError, match=exactly(ROPE.format("SimpleNamespace"))):
+            find_windows(tmp_path / "model", progress=False)
+    assert find_windows(model, slopes=alibi_slopes(4), progress=False).equal(
+        find_windows(PackedModel(), progress=False)
+    )
+    if "model_type" not in values:
+        model.config.alibi = True
+        assert find_windows(model, progress=False).equal(find_windows(PackedModel(), progress=False))
+
+
+def test_slopes_of_the_callers():
+    model, heads, *_ = made("packed")
+    slopes = [0.5, 0.25, 0.1, 0.1, 0.01, 2.0]
+    wanted = per_head_windows(heads, torch.tensor(slopes).double())
+    assert find_windows(model, slopes=slopes, method="per_head", per_layer=True, progress=False).equal(wanted)
+    with pytest.raises(
+        ValueError, match=exactly("slopes: expected none with method 'calibrated', which runs the model, got some")
+    ):
+        find_windows(bloom(), slopes=slopes, method="calibrated", ids=prompts(8)[0], progress=False)
+
+
+def test_models_with_other_layers_than_their_config_says():
+    model = PackedModel(num_layers=2)
+    model.config.num_hidden_layers = 5
+    with pytest.raises(
+        ValueError, match=exactly("model: expected 5 layers with W_pack like its config, got layers 0, 1")
+    ):
+        find_windows(model, progress=False)
+    model = nn.Module()
+    model.text, model.vision = PackedModel(), PackedModel()
+    model.config = model.text.config
+    message = "model: expected one W_pack in layer 0, got text.layers.0.W_pack.weight and vision.layers.0.W_pack.weight"
+    with pytest.raises(ValueError, match=exactly(message)):
+        find_windows(model, progress=False)
+
+
+def test_a_key_projection_that_is_missing(tmp_path):
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 2}')
+    tensors = {f"layers.{i}.{side}_proj.weight": torch.ones(4, 4) for i, side in ((0, "q"), (0, "k"), (1, "q"))}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=exactly("model: expected the weight layers.1.k_proj.weight, got a model without it")
+    ):
+        find_windows(tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("name", ["falcon, one key", "falcon, groups"])
+def test_msmodelslim_has_no_view_of_grouped_heads(name):
+    got = {"falcon, one key": 1, "falcon, groups": 2}[name]
+    message = (
+        f"model: expected as many kv heads as query heads for method 'msmodelslim', got {got} of 6, whose rows it "
+        "would mix up; use method='per_head'"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        find_windows(made(name)[0], progress=False)
+
+
+def test_double_precision(tmp_path):
+    model, *_ = made("bloom")
+    for method in ("msmodelslim", "per_head", "theorem"):
+        wanted = find_windows(model.float(), method=method, progress=False)
+        assert find_windows(model.double(), method=method, progress=False).equal(wanted)
 
 
 def test_checkpoint_without_alibi(tmp_path):
@@ -404,7 +396,7 @@ def test_alibi_models_have_no_retrieval_heads(tmp_path):
         (
             {"method": "theorem"},
             ValueError,
-            "weights: expected the norm of every layer for method 'theorem', got none for layer 0",
+            "weights[0] norm: expected that before the projections for method 'theorem', got none",
         ),
     ],
 )
@@ -413,25 +405,11 @@ def test_options(options, kind, message):
         find_windows(PackedModel(), progress=False, **options)
 
 
-@pytest.mark.parametrize(
-    ("ids", "got"),
-    [
-        (torch.zeros(5, dtype=torch.int64), "[5] torch.int64"),
-        (torch.zeros(1, 5), "[1, 5] torch.float32"),
-        (torch.zeros(1, 1, dtype=torch.int64), "[1, 1] torch.int64"),
-        ([[1, 2, 3]], "list"),
-    ],
-)
-def test_ids(ids, got):
-    message = f"ids: expected (batch, tokens), int64, at least 2 tokens, got {got}"
-    with pytest.raises(ValueError, match=exactly(message)):
-        find_windows(bloom(), method="calibrated", ids=ids, progress=False)
-
-
 def test_models_and_paths(tmp_path):
+    PROJECTIONS = "model: expected projections called one of W_pack, Wqkv, k_proj, q_proj, query_key_value, got none"
     for model, kind, message in (
         (3, TypeError, "model: expected a module or a path, got int"),
-        (nn.Linear(2, 2), ValueError, "model: expected a config with num_attention_heads, got NoneType without it"),
+        (nn.Linear(2, 2), ValueError, PROJECTIONS),
         (tmp_path, ValueError, f"model: expected a folder with config.json, got {tmp_path}"),
     ):
         with pytest.raises(kind, match=exactly(message)):
@@ -450,9 +428,13 @@ def test_models_and_paths(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"12")
     with pytest.raises(ValueError, match=r"pytorch_model\.bin: expected a torch file of plain tensors, got"):
         find_windows(tmp_path, progress=False)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"not a zip file")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: expected torch's zip format, which can be mapped, got"):
+        find_windows(tmp_path, progress=False)
     save_file({"other.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "bloom", "n_head": 2, "n_layer": 2}')
     with pytest.raises(
-        ValueError, match=r"^model: expected projections called one of query_key_value, Wqkv, W_pack, q_proj"
+        ValueError, match=r"^model: expected 2 layers with query_key_value like its config, got layers none"
     ):
         find_windows(tmp_path, progress=False)
 

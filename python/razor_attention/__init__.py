@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import ops  # registers torch.ops.razor.*
 from ._native import isa
-from .alibi import alibi_slopes, alibi_windows
+from .alibi import alibi_slopes, alibi_windows, smallest_windows
 from .cache import LayerCache
 from .heads import HeadScores
 from .ops import head_scores
@@ -39,6 +39,7 @@ __all__ = [
     "head_scores",
     "isa",
     "ops",
+    "smallest_windows",
 ]
 _NEEDS_TRANSFORMERS = ("RazorCache", "attach", "dropped_mass", "find_heads", "find_windows")
 

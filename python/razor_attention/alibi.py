@@ -97,20 +97,27 @@ def alibi_windows(
         raise ValueError(f"method: expected 'msmodelslim', 'per_head' or 'theorem', got {method!r}")
     if per_layer and method == "msmodelslim":
         raise ValueError("per_layer: expected False with method 'msmodelslim', which has one window a head, got True")
+    for name, value in (("theta", theta), ("alpha", alpha)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     slope = torch.as_tensor(slopes, dtype=torch.float32).detach().cpu().contiguous()
     found: list[Tensor] = []  # (num_heads,), of each layer, or the last one of all layers so far
     bound: Tensor | None = None
-    for number, layer in enumerate(weights):
-        if method == "theorem":
-            check_alibi_windows(*layer[:2], slope, None, theta=theta, alpha=0, method="per_head")
-            check_slopes_and_bound(slope, None)
-            now = _theorem_bound(AlibiWeights(*layer), number)
-            bound = now if bound is None or per_layer else torch.maximum(bound, now)
-            windows = ((bound - math.log(theta)) / slope.double()).ceil().clamp(1, FULL).long()
-        else:
-            before = None if per_layer else bound
-            query, key, *_ = (side.detach().cpu() for side in layer[:2])
-            windows, bound = ops.alibi_windows(query, key, slope, before, theta=theta, alpha=alpha, method=method)
+    for number, parts in enumerate(weights):
+        layer, before = _detached(*parts), None if per_layer else bound
+        try:
+            if method == "theorem":
+                check_alibi_windows(*layer[:2], slope, None, theta=theta, alpha=0, method="per_head")
+                check_slopes_and_bound(slope, None)
+                now = _theorem_bound(layer)
+                bound = now if before is None else torch.maximum(before, now)
+                windows = ((bound - math.log(theta)) / slope.double()).ceil().clamp(1, FULL).long()
+            else:
+                windows, bound = ops.alibi_windows(*layer[:2], slope, before, theta=theta, alpha=alpha, method=method)
+        except ValueError as error:
+            if str(error).startswith(("query", "key", "norm")):
+                raise ValueError(f"weights[{number}] {error}") from error
+            raise
         found = [*found, windows] if per_layer else [windows]
     if not found:
         raise ValueError("weights: expected at least one layer, got none")
@@ -194,28 +201,26 @@ def smallest_windows(mass: Tensor, theta: float) -> Tensor:
         theta: share of the attention, in (0, 1].
 
     Returns:
-        (...), int64, tokens, at least 1. A warning tells of windows that reach back to the first token.
+        (...), int64, tokens, at least 1. One near the text's length says nothing about longer texts.
 
     Raises:
         ValueError: theta: expected a value > 0 and <= 1, got 0
     """
     if not 0 < theta <= 1:
         raise ValueError(f"theta: expected a value > 0 and <= 1, got {theta:g}")
-    windows = (mass > theta).sum(-1).clamp(min=1)
-    tokens = mass.shape[-1] - 1
-    if int(windows.max()) == tokens:
-        warnings.warn(
-            f"ids: expected a text longer than every head reads, got {tokens} tokens, which some head reads to the "
-            "first one; its window says nothing about longer texts",
-            stacklevel=2,
-        )
-    return windows
+    return (mass > theta).sum(-1).clamp(min=1)
 
 
-def _theorem_bound(layer: AlibiWeights, number: int) -> Tensor:
+def _detached(query: Tensor, key: Tensor, norm: tuple[Tensor, Tensor | None] | None = None) -> AlibiWeights:
+    """On the CPU; float64 as float32, which is what the op computes in."""
+    query, key = (x.float() if x.dtype == torch.float64 else x for x in (query.detach().cpu(), key.detach().cpu()))
+    return AlibiWeights(query, key, norm)
+
+
+def _theorem_bound(layer: AlibiWeights) -> Tensor:
     """2 |Wq Wk^T|_2 (|gamma|^2 + |b|^2) of each head, float64: the paper's bound, which leaves the scale of q.k out."""
     if layer.norm is None:
-        raise ValueError(f"weights: expected the norm of every layer for method 'theorem', got none for layer {number}")
+        raise ValueError("norm: expected that before the projections for method 'theorem', got none")
     square = sum(float(part.double().square().sum()) for part in layer.norm if part is not None)
     bound = torch.stack([2 * square * _spectral_norm(q, k) for q, k in _heads(layer)])
     for head in (~bound.isfinite()).nonzero().flatten().tolist():

@@ -179,9 +179,9 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=_target, default=Path("win.pt"), help="windows file, msmodelslim's format (default: win.pt)"
     )
     made.add_argument("--plot", type=_target, help="also draw the windows, PNG")
-    text = "rule, all from the weights but calibrated (default: msmodelslim, its integers)"
+    text = "rule: calibrated (recommended) reads a text, the others weights (default: msmodelslim, its integers)"
     made.add_argument("--method", choices=(*RULES, "calibrated"), default="msmodelslim", help=text)
-    text = "largest attention weight, for calibrated share, beyond a window (default: 1e-5)"
+    text = "attention beyond a window: of one token, for calibrated of all together (default: 1e-5)"
     made.add_argument("--theta", type=_positive_share, default=1e-5, help=text)
     text = "margin on the logits; msmodelslim and per_head only (default: 100)"
     made.add_argument("--alpha", type=_number, default=100, help=text)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import sys
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -61,6 +62,8 @@ def windows(arguments: Namespace) -> None:
         mass = dropped_mass(model, ids)  # [layers, heads, tokens + 1]
     elif method == "calibrated":
         raise ValueError("--text: expected a file with --method calibrated, got none")
+    if arguments.per_layer and method == "msmodelslim":
+        raise ValueError("--per-layer: expected another --method than msmodelslim, got it")
     if method == "calibrated":
         assert mass is not None
         each = smallest_windows(mass, arguments.theta)
@@ -74,11 +77,15 @@ def windows(arguments: Namespace) -> None:
     _print_windows(arguments.out, found)
     if mass is not None:
         inside = found.clamp(0, mass.shape[-1] - 1).expand(mass.shape[:2])
-        dropped = mass.gather(-1, inside[..., None])[..., 0]  # [layers, heads]
-        print(
-            f"of {mass.shape[-1] - 1} tokens of {arguments.text}, no query loses more than {dropped.max():.2g} of its "
-            f"attention in any head; mean of the heads {dropped.mean():.2g}"
-        )
+        dropped, tokens = mass.gather(-1, inside[..., None])[..., 0], mass.shape[-1] - 1  # [layers, heads]
+        print(f"of {tokens} tokens of {arguments.text}, no query loses more than {dropped.max():.2g} of its attention:")
+        print("\n".join(" ".join(f"{share:.1g}" for share in row) for row in dropped.tolist()))
+        if method == "calibrated" and int(found.max()) > 0.9 * tokens:
+            warnings.warn(
+                f"--text: expected a text longer than every head reads, got {tokens} tokens and a window of "
+                f"{int(found.max())}; windows say nothing about longer texts",
+                stacklevel=2,
+            )
     print(f"wrote {', '.join(str(path) for path in (arguments.out, arguments.plot) if path)}")
 
 

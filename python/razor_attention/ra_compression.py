@@ -75,6 +75,8 @@ class RARopeCompressConfig:
 class RACompressor:
     """Windows of the heads of an ALiBi model, msmodelslim's integers; see `find_windows` for better ones.
 
+    A Falcon whose kv heads are fewer than its query heads has no such integers, and is refused.
+
     Args:
         model: an ALiBi model in memory: BLOOM, MPT, Falcon with alibi, Baichuan-13B, or a module with such projections.
         cfg: theta and alpha.
@@ -87,11 +89,8 @@ class RACompressor:
     def __init__(self, model: nn.Module, cfg: RACompressConfig) -> None:
         _check_type("model", model, nn.Module)
         _check_type("cfg", cfg, RACompressConfig)
-        for name in ("hidden_size", "num_attention_heads"):
-            if not getattr(getattr(model, "config", None), name, None):
-                raise ValueError(f"model: expected a config with {name}, got none")
         self.model, self.cfg = model, cfg
-        head_dim = model.config.hidden_size // model.config.num_attention_heads  # type: ignore[union-attr, operator]
+        head_dim = _config_size(model, "hidden_size") // _config_size(model, "num_attention_heads")
         if not 1 <= head_dim <= 1000:
             raise ValueError(f"model: expected a head_dim in [1, 1000], got {head_dim}")
 
@@ -127,11 +126,11 @@ class RARopeCompressor:
         _check_type("model", model, nn.Module)
         _check_type("cfg", cfg, RARopeCompressConfig)
         _check_type("tokenizer", tokenizer, Tokenizer)
-        if not getattr(getattr(model, "config", None), "hidden_size", None):
-            raise ValueError("model: expected a config with hidden_size, got none")
+        self.hidden_size = _config_size(model, "hidden_size")
+        if not hasattr(model, "set_attn_implementation"):
+            raise ValueError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
         sizes = geometry(model.config)  # type: ignore[arg-type]
         self.model, self.tokenizer, self.cfg = model, tokenizer, cfg
-        self.hidden_size: int = model.config.hidden_size  # type: ignore[union-attr, assignment]
         self.num_attention_heads, self.num_key_value_heads = sizes.num_heads, sizes.num_kv_heads
         self.num_kv_per_group = sizes.num_heads / sizes.num_kv_heads
         self.scores: HeadScores | None = None
@@ -156,6 +155,13 @@ def _check_type(name: str, value: object, wanted: type) -> None:
         raise TypeError(f"{name}: expected a {wanted.__name__}, got {type(value).__name__}")
 
 
+def _config_size(model: nn.Module, name: str) -> int:
+    value = getattr(getattr(model, "config", None), name, None)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"model: expected a config with {name}, got {'none' if value is None else repr(value)}")
+    return value
+
+
 def _check_number(name: str, value: object, kind: type, least: float, most: float) -> None:
     if type(value) is not kind:  # a bool is no int here, and an int no float
         raise TypeError(f"{name}: expected {'an int' if kind is int else 'a float'}, got {type(value).__name__}")
@@ -167,9 +173,11 @@ def _check_path(path: str) -> None:
     """msmodelslim's rules, without those that keep an owner from replacing a file of their own."""
     _check_type("save_path", path, str)
     file = Path(path)
+    if not path:
+        raise ValueError("save_path: expected a path, got ''")
     if not re.fullmatch(r"[\w/.-]+", path, re.ASCII):
         raise ValueError(f"save_path: expected letters, digits, '_', '-', '.' and '/' only, got {path!r}")
-    if file.suffix != ".pt" or not file.stem:
+    if not path.endswith(".pt") or file.suffix != ".pt":
         raise ValueError(f"save_path: expected a file name ending in .pt, got {file.name}")
     if len(file.name) > 255 or len(path) > 4096:
         raise ValueError(f"save_path: expected at most 255 characters in a name and 4096 in all, got {len(path)}")

@@ -7,6 +7,7 @@ from . import baichuan as _baichuan  # noqa: F401  # registers itself with trans
 from .attention import attach
 from .cache import RazorCache
 from .calibrate import find_heads
-from .windows import dropped_mass, find_windows
+from .mass import dropped_mass
+from .windows import find_windows
 
 __all__ = ["RazorCache", "attach", "dropped_mass", "find_heads", "find_windows"]

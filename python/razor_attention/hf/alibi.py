@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ALiBi architectures: what their code really does with positions, from a configuration alone.
+"""The table of ALiBi architectures: what their code really does with positions, and where their projections are.
 
 A configuration is a transformers one, or any object with the attributes of a checkpoint's config.json.
 """
@@ -7,11 +7,12 @@ A configuration is a transformers one, or any object with the attributes of a ch
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from transformers import CONFIG_MAPPING
 
 from ..alibi import alibi_slopes
 
@@ -21,6 +22,9 @@ class AlibiArchitecture:
     """One architecture, as transformers or, for Baichuan, its checkpoints' authors implement it."""
 
     num_heads: tuple[str, ...]  # names of the number of query heads in a configuration, its own first
+    projections: tuple[str, ...]  # an attention layer's Linears: one of q, k and v together, or those of q and k
+    norms: tuple[str, ...]  # of their input; the first one that a layer has
+    by_head: bool = False  # q, k, v are [num_kv_heads, group + 2, head_dim, in], not [3, num_heads, head_dim, in]
     uses_alibi: Callable[[Any], bool] = lambda config: True
     num_kv_heads: Callable[[Any, int], int] = lambda config, num_heads: num_heads
     scale_slopes: Callable[[Any, Tensor], Tensor] = lambda config, slopes: slopes  # from the paper's, (num_heads,)
@@ -43,20 +47,29 @@ def _falcon_kv_heads(config: Any, num_heads: int) -> int:
 
 # By config.model_type.
 ALIBI_ARCHITECTURES = {
-    "bloom": AlibiArchitecture(("n_head", "num_attention_heads")),
+    "bloom": AlibiArchitecture(
+        ("n_head", "num_attention_heads"), ("query_key_value",), ("input_layernorm",), by_head=True
+    ),
     # transformers reads neither attn_config.alibi nor alibi_bias_max: it always adds ALiBi, with the paper's slopes.
-    "mpt": AlibiArchitecture(("n_heads", "num_attention_heads")),
+    "mpt": AlibiArchitecture(("n_heads", "num_attention_heads"), ("Wqkv",), ("norm_1",)),
     "falcon": AlibiArchitecture(
         ("num_attention_heads", "n_head"),
-        lambda config: bool(getattr(config, "alibi", False)),
-        _falcon_kv_heads,
-        _falcon_slopes,
+        ("query_key_value",),
+        ("ln_attn", "input_layernorm"),
+        by_head=True,
+        uses_alibi=lambda config: bool(getattr(config, "alibi", False)),
+        num_kv_heads=_falcon_kv_heads,
+        scale_slopes=_falcon_slopes,
     ),
     # 7B and 13B share a model_type; 7B is rotary and has max_position_embeddings, 13B has model_max_length alone.
     "baichuan": AlibiArchitecture(
-        ("num_attention_heads",), lambda config: getattr(config, "max_position_embeddings", None) is None
+        ("num_attention_heads",),
+        ("W_pack",),
+        ("input_layernorm",),
+        uses_alibi=lambda config: getattr(config, "max_position_embeddings", None) is None,
     ),
 }
+_SEPARATE = AlibiArchitecture(("num_attention_heads",), ("q_proj", "k_proj"), ("input_layernorm",))
 
 
 def alibi_architecture(config: Any) -> AlibiArchitecture | None:
@@ -80,7 +93,56 @@ def model_slopes(config: Any) -> Tensor | None:
     row = alibi_architecture(config)
     if row is None:
         return None
+    return row.scale_slopes(config, alibi_slopes(num_heads_of(config, row)))
+
+
+def num_heads_of(config: Any, row: AlibiArchitecture) -> int:
+    """Query heads.
+
+    Raises:
+        ValueError: config: expected n_head or num_attention_heads, got none
+    """
     found = [getattr(config, name) for name in row.num_heads if getattr(config, name, None) is not None]
-    if not found:
-        raise ValueError(f"config: expected {' or '.join(row.num_heads)}, got none")
-    return row.scale_slopes(config, alibi_slopes(int(found[0])))
+    if not found or not isinstance(found[0], int):
+        raise ValueError(f"config: expected {' or '.join(row.num_heads)}, got {found[0] if found else 'none'}")
+    return found[0]
+
+
+def guess_architecture(config: Any, names: Iterable[str], *, alibi: bool) -> AlibiArchitecture:
+    """The row for a model that transformers does not know, by the names of its projections.
+
+    It is taken for one with ALiBi if its configuration says `alibi`, or if nothing in it hints at other positions: no
+    `max_position_embeddings`, nothing called rotary.
+
+    Args:
+        config: its configuration.
+        names: of its weights, and of its modules where it has any.
+        alibi: the caller says that it uses ALiBi, whatever the configuration says.
+
+    Raises:
+        ValueError: model: expected one that uses ALiBi (...), got llama; ...
+    """
+    names = list(names)
+    values = {key.lower(): value for key, value in getattr(config, "__dict__", {}).items() if value}
+    hints = "max_position_embeddings", "rotary", "rope", "inv_freq"
+    other = any(hint in word for word in (*values, *(name.lower() for name in names)) for hint in hints)
+    position = [values.get(key) for key in ("alibi", "position_embedding", "position_embedding_type")]
+    says_so = position[0] is True or "alibi" in map(str.lower, map(str, position))
+    if not alibi and (values.get("model_type") in CONFIG_MAPPING or (other and not says_so)):
+        raise not_alibi(config)
+    parts = {part for name in names for part in name.split(".")}
+    rows = *ALIBI_ARCHITECTURES.values(), _SEPARATE
+    for row in rows:
+        if set(row.projections) <= parts:
+            return row
+    wanted = ", ".join(sorted({name for row in rows for name in row.projections}))
+    raise ValueError(f"model: expected projections called one of {wanted}, got none")
+
+
+def not_alibi(config: Any) -> ValueError:
+    """The error for a model without ALiBi, or of which nobody knows."""
+    got = getattr(config, "model_type", None) or type(config).__name__
+    return ValueError(
+        f"model: expected one that uses ALiBi (bloom, mpt, falcon with alibi, baichuan 13B), got {got}; rotary models "
+        "have retrieval heads instead: find_heads; one that does use ALiBi needs its slopes named"
+    )

@@ -28,7 +28,7 @@ from .. import ops
 from ..heads import HeadScores, probe_ids
 from .alibi import alibi_architecture
 from .checkpoint import map_model
-from .models import AttentionSwitch, geometry, refuse_unsupported, text_config
+from .models import AttentionSwitch, geometry, inside, refuse_unsupported, text_config
 
 
 @dataclass
@@ -55,7 +55,7 @@ def probe_attention(
 ) -> tuple[Tensor, None]:
     """The attention function registered as "razor_probe": plain causal attention that also scores its heads."""
     refuse_unsupported(module, dropout, kwargs)
-    probe = _running.get()
+    probe = inside(_running, "razor_probe", "find_heads")
     echo, induction = ops.head_scores(query, key, probe.period, scale=scaling)
     probe.scores[cast(int, module.layer_idx)] = (echo[0].cpu(), induction[0].cpu())
     probe.progress.update()
@@ -67,6 +67,7 @@ def probe_attention(
 
 def probe_mask(*, mask_function: Any = causal_mask_function, **_: Any) -> None:
     """The mask function registered as "razor_probe": the probe has no padding and needs plain causal attention."""
+    inside(_running, "razor_probe", "find_heads")
     if mask_function is not causal_mask_function:
         raise NotImplementedError("model: expected plain causal attention, got a sliding, chunked or bidirectional one")
 

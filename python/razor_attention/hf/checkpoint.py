@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -103,6 +104,8 @@ def _read(file: Path, key: str) -> Tensor:
 
 
 def _load_bin(file: Path) -> dict[str, Tensor]:
+    if file.stat().st_size > 4 and not is_zipfile(file):
+        raise ValueError(f"{file}: expected torch's zip format, which can be mapped, got another; save it anew")
     try:
         return torch.load(file, map_location="cpu", mmap=True, weights_only=True)  # type: ignore[no-any-return]
     except OSError:

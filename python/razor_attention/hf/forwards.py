@@ -101,12 +101,8 @@ def _falcon(
     return module.dense(out), weights
 
 
-# By config.model_type: the attribute that an attention layer is known by, and its forward.
-_FORWARDS: dict[str, tuple[str, Callable[..., tuple[Tensor, Any]]]] = {
-    "bloom": ("query_key_value", _bloom),
-    "mpt": ("Wqkv", _mpt),
-    "falcon": ("query_key_value", _falcon),
-}
+# By config.model_type.
+_FORWARDS: dict[str, Callable[..., tuple[Tensor, Any]]] = {"bloom": _bloom, "mpt": _mpt, "falcon": _falcon}
 
 
 def has_forward(config: PreTrainedConfig) -> bool:
@@ -121,7 +117,9 @@ def replaced_forwards(model: PreTrainedModel, config: PreTrainedConfig, name: st
     Raises:
         NotImplementedError: model: expected 24 attention layers with query_key_value, got 0
     """
-    projection, forward = _FORWARDS[config.model_type]
+    row, forward = alibi_architecture(config), _FORWARDS[config.model_type]
+    assert row is not None  # has_forward has looked
+    projection = row.projections[0]
     layers: list[nn.Module] = [module for module in model.modules() if hasattr(module, projection)]
     if len(layers) != config.num_hidden_layers:
         raise NotImplementedError(

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from transformers import (
 from .alibi import alibi_architecture
 from .forwards import has_forward, replaced_forwards
 
+T = TypeVar("T")
 Tokenizer = PreTrainedTokenizerBase  # for rooms that do not import transformers
 
 
@@ -143,6 +145,20 @@ class AttentionSwitch:
 
     def __exit__(self, *error: object) -> None:
         self._undo.close()
+
+
+def inside(running: ContextVar[T], name: str, function: str) -> T:
+    """What an attention function of ours shares with the function that it serves; refuses models built with its name.
+
+    Raises:
+        ValueError: attn_implementation: expected 'razor_probe' inside find_heads alone, got a forward pass of its own
+    """
+    shared = running.get(None)
+    if shared is None:
+        raise ValueError(
+            f"attn_implementation: expected {name!r} inside {function} alone, got a forward pass of its own"
+        )
+    return shared
 
 
 def refuse_unsupported(module: nn.Module, dropout: float, options: dict[str, Any]) -> None:
