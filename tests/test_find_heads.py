@@ -21,6 +21,7 @@ from tiny_models import (
     VOCABULARY,
     answer,
     prompts,
+    save,
     shared_model,
     tiny_model,
 )
@@ -262,6 +263,36 @@ def test_tokenizer_without_a_prefix_for_this_model(llama, words):
     made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(words, [])))
     with pytest.raises(ValueError, match=r"expected .*, got "):
         find_heads(llama, made, period=5, repeats=2, progress=False)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "safetensors shards", "bin", "bin shards"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_files_give_what_memory_gives(tmp_path, family, kind):
+    model = shared_model(family)
+    save(model, tmp_path / "model", kind)
+    tokenizer().save_pretrained(tmp_path / "model")
+    wanted = find_heads(model, tokenizer(), period=PERIOD, progress=False)
+    for found in (
+        find_heads(tmp_path / "model", period=PERIOD, progress=False),
+        find_heads(str(tmp_path / "model"), tokenizer(), period=PERIOD, progress=False),
+    ):
+        assert found.echo.equal(wanted.echo)
+        assert found.induction.equal(wanted.induction)
+
+
+def test_folders_that_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=exactly(f"model: expected a folder with config.json, got {tmp_path}")):
+        find_heads(tmp_path, tokenizer())
+    (tmp_path / "config.json").write_text('{"model_type": "bloom"}')
+    with pytest.raises(ValueError, match=r"^model: expected one with rotary positions, got bloom, which uses ALiBi; "):
+        find_heads(tmp_path, tokenizer())
+    (tmp_path / "config.json").write_text('{"model_type": "own"}')
+    message = f"model: expected a model_type that transformers knows, got own in {tmp_path}"
+    with pytest.raises(ValueError, match=exactly(message)):
+        find_heads(tmp_path, tokenizer())
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 32}')
+    with pytest.raises(ValueError, match=r"^model: expected a checkpoint in "):
+        find_heads(tmp_path, tokenizer())
 
 
 def test_models_that_are_refused():

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """hf/windows.py and hf/checkpoint.py: windows of real architectures, from memory and from files of every kind."""
 
-import json
 import math
 import re
 from types import SimpleNamespace
@@ -25,7 +24,7 @@ from razor_attention.hf import checkpoint
 from razor_attention.hf.baichuan import BaichuanConfig, BaichuanForCausalLM
 from test_find_heads import tokenizer
 from test_ra_compression import PackedModel
-from tiny_models import prompts, tiny_model
+from tiny_models import prompts, save, tiny_model
 
 
 def exactly(message):
@@ -198,27 +197,6 @@ def test_separate_projections():
 
 
 # --- from files
-
-
-def save(model, folder, kind):
-    """A checkpoint as `kind` says."""
-    folder.mkdir()
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    config = model.config.to_dict() if hasattr(model.config, "to_dict") else vars(model.config)
-    (folder / "config.json").write_text(json.dumps(config, default=str))
-    name, write = (
-        ("model.safetensors", save_file) if "safetensors" in kind else ("pytorch_model.bin", torch.save)
-    )  # both (tensors, path)
-    if "shards" not in kind:
-        write(state, folder / name)
-        return
-    index = {}
-    for part in range(3):
-        shard = name.replace(".", f"-{part + 1:05}-of-00003.", 1)
-        keys = sorted(state)[part::3]
-        write({key: state[key] for key in keys}, folder / shard)
-        index |= dict.fromkeys(keys, shard)
-    (folder / f"{name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "safetensors shards", "bin", "bin shards"])

@@ -8,13 +8,16 @@ plan's tables alone. It knows no pages, rings or running sums, and shares nothin
 from __future__ import annotations
 
 import functools
+import json
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -147,6 +150,27 @@ def settle(model: PreTrainedModel) -> PreTrainedModel:
                 weight.copy_(noise * gain * weight.shape[1] ** -0.5)
     model.generation_config.suppress_tokens = [PAD, EOS]
     return model.eval()
+
+
+def save(model: Any, folder: Path, kind: str) -> None:
+    """A checkpoint of any module: `kind` is safetensors or bin, and shards."""
+    folder.mkdir()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = model.config.to_dict() if hasattr(model.config, "to_dict") else vars(model.config)
+    (folder / "config.json").write_text(json.dumps(config, default=str))
+    name, write = (
+        ("model.safetensors", save_file) if "safetensors" in kind else ("pytorch_model.bin", torch.save)
+    )  # both (tensors, path)
+    if "shards" not in kind:
+        write(state, folder / name)
+        return
+    index: dict[str, str] = {}
+    for part in range(3):
+        shard = name.replace(".", f"-{part + 1:05}-of-00003.", 1)
+        keys = sorted(state)[part::3]
+        write({key: state[key] for key in keys}, folder / shard)
+        index |= dict.fromkeys(keys, shard)
+    (folder / f"{name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
 def prompts(*lengths: int, seed: int = 0) -> tuple[Tensor, Tensor]:

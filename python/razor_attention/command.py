@@ -34,7 +34,7 @@ def heads(arguments: Namespace) -> None:
 
     plot = _bench("plot").plot_scores if arguments.plot else None
     probe = {"period": arguments.period, "repeats": arguments.repeats, "seed": arguments.seed}
-    if arguments.dtype == "auto" and list(arguments.model.glob("*.safetensors")):
+    if arguments.dtype == "auto":
         scores = find_heads(arguments.model, **probe)  # used as they are stored, weights can stay in their files
     else:
         scores = find_heads(*load_model(arguments.model, arguments.dtype), **probe)

@@ -27,7 +27,7 @@ from transformers.masking_utils import causal_mask_function
 from .. import ops
 from ..heads import HeadScores, probe_ids
 from .alibi import alibi_architecture
-from .checkpoint import map_model
+from .checkpoint import mapped_model, read_config
 from .models import AttentionSwitch, geometry, inside, refuse_unsupported, text_config
 
 
@@ -95,10 +95,11 @@ def find_heads(
 
     The prompt is one prefix token and `period` random ids of the vocabulary, special tokens left out, `repeats` times.
     No attention map is built: memory beside the model's own activations is O(tokens). Given a path, the weights stay
-    in the checkpoint's files: each projection is mapped when the probe passes it and dropped again.
+    in files: each projection is mapped when the probe passes it and dropped again.
 
     Args:
-        model: a decoder model that uses AttentionInterface, or the folder of its safetensors checkpoint.
+        model: a decoder model that uses AttentionInterface, or the folder of its checkpoint; weights that are no
+            safetensors are copied to a temporary folder first.
         tokenizer: the model's tokenizer: vocabulary, special tokens and prefix. None: the one in the folder.
         period: tokens before the prompt repeats.
         repeats: copies of the block, at least 2.
@@ -115,16 +116,15 @@ def find_heads(
     """
     if isinstance(model, str | os.PathLike):
         folder = Path(model)
-        model = map_model(folder)
+        _refuse_alibi(read_config(folder))
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        options: Any = {"period": period, "repeats": repeats, "seed": seed, "vocabulary": vocabulary}
+        with mapped_model(folder) as mapped:
+            return find_heads(mapped, tokenizer, progress=progress, **options)
     if tokenizer is None:
         raise TypeError("tokenizer: expected one with a model in memory, got None")
     config = text_config(model.config)
-    if alibi_architecture(config) is not None:
-        raise ValueError(
-            f"model: expected one with rotary positions, got {config.model_type}, which uses ALiBi; "
-            "its windows are found by find_windows"
-        )
+    _refuse_alibi(config)
     switch = AttentionSwitch(model, "razor_probe")
     sizes = geometry(model.config)
     if vocabulary is None:
@@ -171,6 +171,14 @@ def find_heads(
             "version": version("razor-attention"),
         },
     )
+
+
+def _refuse_alibi(config: Any) -> None:
+    if alibi_architecture(config) is not None:
+        raise ValueError(
+            f"model: expected one with rotary positions, got {config.model_type}, which uses ALiBi; "
+            "its windows are found by find_windows"
+        )
 
 
 AttentionInterface.register("razor_probe", probe_attention)

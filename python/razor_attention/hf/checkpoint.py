@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 from zipfile import is_zipfile
@@ -14,7 +16,7 @@ from zipfile import is_zipfile
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from ..files import read_json
 
@@ -56,31 +58,41 @@ def open_weights(folder: Path) -> dict[str, Reader]:
     raise ValueError(f"model: expected {' or '.join(_NAMES)}, or their shards and index, in {folder}, got none of them")
 
 
-def map_model(folder: Path) -> PreTrainedModel:
-    """A model whose weights stay in the safetensors files of its folder: each is mapped for its own forward pass.
+@contextmanager
+def mapped_model(folder: Path) -> Iterator[PreTrainedModel]:
+    """A model whose weights stay in files, each mapped for its own forward pass: those of its folder, if safetensors.
+
+    Weights in .bin files are written anew to a temporary folder first, which takes as much room again.
 
     Raises:
-        ValueError: model: expected a folder with config.json and safetensors weights, got my-model
+        ValueError: model: expected a folder with config.json, got my-model
         ImportError: model: expected accelerate to be installed to run a model from its files, got none; ...
     """
-    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
-        raise ValueError(f"model: expected a folder with config.json and safetensors weights, got {folder}")
+    config = read_config(folder)
     if find_spec("accelerate") is None:
         raise ImportError(
             "model: expected accelerate to be installed to run a model from its files, got none; "
             "pip install 'razor-attention[hf]'"
         )
+    if isinstance(config, SimpleNamespace):
+        got = getattr(config, "model_type", "none")
+        raise ValueError(f"model: expected a model_type that transformers knows, got {got} in {folder}")
     auto: Any = AutoModelForCausalLM  # untyped
     with torch.device("meta"):
-        empty = auto.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+        empty = auto.from_config(config)
     decoder = empty.base_model_prefix
     # The decoder's norm and the like in memory, all else on disk: with everything there, transformers before 5.23 would
     # never load a part to run it.
     places = {name: "disk" for name, _ in empty.named_children() if name != decoder}
     for name, part in getattr(empty, decoder).named_children():
         places[f"{decoder}.{name}"] = "disk" if isinstance(part, nn.ModuleList | nn.Embedding) else "cpu"
-    model = auto.from_pretrained(folder, dtype="auto", device_map=places, local_files_only=True)
-    return model.eval()  # type: ignore[no-any-return]
+    with TemporaryDirectory() as scratch:
+        options = {"dtype": "auto", "device_map": places, "offload_folder": scratch, "local_files_only": True}
+        try:
+            model = auto.from_pretrained(folder, **options)
+        except OSError as error:
+            raise ValueError(f"model: expected a checkpoint in {folder}, got {error}") from error
+        yield model.eval()
 
 
 def _keys(file: Path) -> list[str]:
