@@ -114,7 +114,6 @@ def run(
     print(table(header, cells))
     with (out / "demo.csv").open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([Result._fields, *rows])
-    print(f"\nin {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 
 
 def check(tokenizer: PreTrainedTokenizerBase, longest: int, lengths: Sequence[int], questions: int) -> None:

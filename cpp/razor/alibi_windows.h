@@ -2,9 +2,8 @@
 // Windows of ALiBi heads from one layer's query and key projections.
 //
 // With S_h = Q_h K_h^T over all rows, bound_h = max(bound of the layers before, sqrt(max S_h), 0), and the window
-//     msmodelslim   trunc(((bound_h + ln theta) + alpha) / slope_h), every step rounded to float32; while bound_h is 0
-//     the
-//                   sum is a double, rounded to float32 and multiplied by the rounded 1 / slope_h
+//     msmodelslim   trunc(((bound_h + ln theta) + alpha) / slope_h), every step rounded to float32; while bound_h is 0,
+//                   the sum is a double, rounded to float32 and multiplied by the rounded 1 / slope_h
 //     per_head      ceil((bound_h - ln theta + alpha) / slope_h) in double, kept within 1..FULL
 // S is never stored. msmodelslim ignores a head of a layer in which any product is NaN.
 #pragma once

@@ -198,6 +198,7 @@ def demo(arguments: Namespace) -> None:
         print()
         alibi = _bench("alibi_demo")
         alibi.run(*load_model(alibi.MODEL, "auto"), arguments.out, length=min(4096, max(arguments.length)))
+    print(f"\nin {arguments.out}: {', '.join(sorted(path.name for path in arguments.out.iterdir()))}")
 
 
 class _Clock:
