@@ -285,6 +285,32 @@ CASES = (
     Case("fused", RAZOR, steps(40, 1, 6), layout="fused", batch=2, dtype="bfloat16", head_dim=40),
     Case("scale", RAZOR, steps(50, 1), scale=0.3, group=2),
     Case("heavy logits", RAZOR, steps(60, 1, 1), outlier=8.0),
+    Case(
+        "few queries",
+        ((0, FULL, False), (8, 300, True)),
+        steps(600, 1, 2, 16, 1),
+        head_dim=128,
+        group=4,
+        dtype="bfloat16",
+    ),
+    Case(
+        "few queries of many heads",
+        ((0, FULL, False), (5, 40, True)),
+        steps(130, 1, 9),
+        head_dim=32,
+        group=17,
+        dtype="bfloat16",
+    ),
+    Case(
+        "few queries, ALiBi",
+        ((0, 80, False), (0, FULL, False)),
+        steps(170, 1, 5, 1),
+        alibi=True,
+        head_dim=64,
+        group=3,
+        dtype="bfloat16",
+        page_size=16,
+    ),
     Case("many tokens, few queries", ((0, FULL, False), (8, 1500, True)), steps(2300, 1, 16), head_dim=16, group=2),
 )
 

@@ -255,6 +255,39 @@ def test_logits_too_large_for_exp(scale: float) -> None:
         assert_close(out, expected, case.magnitude(), arithmetic=1e-2)  # logits of 1e5 +- 1e-2
 
 
+@pytest.mark.parametrize("group", [1, 3, 4, 5, 16, 19])
+@pytest.mark.parametrize("past", [0, 5, 8, 31, 64, 1100])
+def test_a_few_queries_of_any_group(group: int, past: int) -> None:
+    """Tiles of 4 and of 16 query rows, runs of any length; a heavy value must not cost the others their digits."""
+    few_queries = Case(
+        "", ((0, FULL, False), (3, 40, True)), steps(past, 1, 3), group=group, dtype="bfloat16", head_dim=96
+    )
+    for tokens in few_queries.tokens:
+        tokens.value[..., ::7] *= 0.01
+    for out, expected in zip(few_queries.run(), few_queries.expected(), strict=True):
+        assert_close(out, expected, few_queries.magnitude())
+
+
+@pytest.mark.parametrize("where", ["query", "key", "value", "overflow"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nan_is_not_hidden_from_a_few_queries(where: str, dtype: str) -> None:
+    case = Case("", ((0, FULL, False),), steps(50, 1), group=4, dtype=dtype)
+    past, last = case.tokens
+    if where == "query":
+        last.query[0, 1] = math.nan
+    elif where == "overflow":
+        last.query[0, 1], past.key[..., :] = 3e38, 3e38
+    else:
+        (past.key if where == "key" else past.value)[0, 0, 20, 3] = math.nan
+    out = case.run()[1][0, :, 0]
+    if where == "value":
+        assert out[:, 3].isnan().all()
+        assert not out[:, :3].isnan().any()
+    else:
+        assert out[1].isnan().all()
+        assert where == "overflow" or bool(out[0].isnan().any()) == (where == "key")
+
+
 def test_queries_alone_change_nothing_that_is_stored() -> None:
     case = Case("", MIXED, steps(30))
     cache = case.cache()

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "razor/cpu/kernels.h"
+#include "razor/decode.h"
 
 namespace razor {
 namespace {
@@ -58,12 +59,6 @@ struct WorkList {
   int64_t block_tokens = 0;    // query tokens per block
   int64_t num_sums = 0;        // blocks that need their own dropped sums
 };
-
-// First position that a query at `position` reads exactly beyond the sinks.
-int64_t oldest_kept(const CacheRow& row, int64_t position, bool dense) {
-  const int64_t oldest = dense ? row.seen - row.window : position - row.window + 1;
-  return std::max(row.sink, oldest);
-}
 
 WorkList cut(const AttentionParams& params) {
   const int64_t group = params.num_heads / params.cache.num_kv_heads;
@@ -290,6 +285,7 @@ void attention(const AttentionParams& params, ParallelFor parallel_for) {
   (void)cpu::kernels();  // refuses a wrong RAZOR_ISA before anything runs in parallel
   check_cache(params.cache, params.tokens, /*with_new_tokens=*/false);
   zero_padding(params);
+  if (params.tokens.q_len <= kMostDecodeTokens) return decode(params, parallel_for);
   const int64_t group = params.num_heads / params.cache.num_kv_heads, head_dim = params.cache.head_dim;
   const WorkList work = cut(params);
   std::vector<float> sums(work.num_sums * 2 * head_dim);

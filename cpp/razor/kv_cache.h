@@ -49,6 +49,12 @@ struct CacheRow {
   int64_t seen, pad;  // tokens stored before this call; padding tokens of this call
 };
 
+// First position beyond the sinks that a query at `position` reads exactly; dense: every row that the cache still has.
+[[nodiscard]] inline int64_t oldest_kept(const CacheRow& row, int64_t position, bool dense) {
+  const int64_t oldest = dense ? row.seen - row.window : position - row.window + 1;
+  return oldest > row.sink ? oldest : row.sink;
+}
+
 // Consecutive tokens whose rows are evenly spaced in memory.
 struct Run {
   const void* key;

@@ -16,21 +16,32 @@ inline void serial_for(int64_t begin, int64_t end, int64_t /*grain*/, RangeFn bo
   if (begin < end) body(begin, end, context);
 }
 
-// Calls body(i) once for each i in [0, count). Threads take the next index when they are free, so that items of very
-// different cost (a full head beside a window) still finish together; put the dear ones first.
-template <class Body>
-void for_each_item(ParallelFor parallel_for, int64_t count, const Body& body) {
+// Calls body(worker, i) once for each i in [0, count), every thread with a worker of its own from make_worker().
+// Threads take the next index when they are free, so that items of very different cost (a full head beside a window)
+// still finish together; put the dear ones first.
+template <class MakeWorker, class Body>
+void for_each_item_with(ParallelFor parallel_for, int64_t count, const MakeWorker& make_worker, const Body& body) {
   struct Context {
+    const MakeWorker* make_worker;
     const Body* body;
     std::atomic<int64_t> next;
     int64_t count;
-  } context{&body, 0, count};
+  } context{&make_worker, &body, 0, count};
   constexpr int64_t kMaxThreads = 256;
   const RangeFn drain = [](int64_t, int64_t, void* opaque) {
     auto& shared = *static_cast<Context*>(opaque);
-    for (int64_t i; (i = shared.next.fetch_add(1, std::memory_order_relaxed)) < shared.count;) (*shared.body)(i);
+    auto worker = (*shared.make_worker)();
+    for (int64_t i; (i = shared.next.fetch_add(1, std::memory_order_relaxed)) < shared.count;) {
+      (*shared.body)(worker, i);
+    }
   };
   parallel_for(0, std::min(count, kMaxThreads), /*grain=*/1, drain, &context);
+}
+
+// The same where body(i) needs no worker.
+template <class Body>
+void for_each_item(ParallelFor parallel_for, int64_t count, const Body& body) {
+  for_each_item_with(parallel_for, count, [] { return 0; }, [&](int, int64_t i) { body(i); });
 }
 
 }  // namespace razor

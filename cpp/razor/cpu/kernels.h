@@ -29,6 +29,40 @@ struct AttentionTile {
   KvFormat format;
 };
 
+// At most kTileColumns consecutive keys, evenly spaced in memory.
+struct DecodeRun {
+  const void* key;                   // [count, head_dim] of the task's format
+  const void* value;                 // [count, head_dim]
+  int64_t key_stride, value_stride;  // elements
+  int64_t count;                     // tokens
+  int64_t begin;                     // tokens between the task's base and the first one
+};
+
+// A few query rows against runs of keys. Row r = i * group + g is query token i on head g;
+//     logit[r][token] = scale * query_r . key + bias - slope[r] * (last[r] - 1 - token)
+// for the visible tokens first[r] <= token < last[r], counted from the base; the softmax state of each row takes them
+// in. While one run is worked on, the next one is fetched.
+struct DecodeTask {
+  const void* query;        // [rows / group, group, head_dim] of query_format
+  const DecodeRun* runs;    // [num_runs]
+  const int64_t* first;     // [rows]
+  const int64_t* last;      // [rows]; the query's own token comes before it
+  const float* slope;       // [rows], nullable (no ALiBi)
+  float* maximum;           // [rows] state, as in AttentionTile
+  float* sum;               // [rows]
+  float* weighted;          // [rows, head_dim]
+  float* scratch;           // [decode_scratch(rows, head_dim)], at a multiple of 64 bytes
+  int64_t query_stride[2];  // elements: token, head
+  int64_t num_runs, rows, group, head_dim;
+  KvFormat query_format, format;
+  float scale, bias;
+};
+
+// Elements of scratch that are enough for every kernel: queries and logits, and with tiles a copy of a run as well.
+constexpr int64_t decode_scratch(int64_t rows, int64_t head_dim) {
+  return (rows + 16) * (head_dim + kTileColumns + 4) + kTileColumns * (head_dim + 64) + 16 * (head_dim + 64);
+}
+
 inline constexpr int64_t kMostPanelRows = 64;  // rows that a kernel packs together
 
 // Left rows against right rows, for the largest of their products.
@@ -50,6 +84,7 @@ constexpr int64_t product_scratch(int64_t left_rows, int64_t right_rows, int64_t
 struct Kernels {
   void (*attention_tile)(const AttentionTile& tile);
   void (*score_tile)(const AttentionTile& tile);  // maximum and sum only
+  void (*decode_runs)(const DecodeTask& task);
   // sum[i] += sum over rows of row[i]; the block is summed by itself and added once.
   void (*add_rows)(const void* rows, int64_t stride, int64_t count, int64_t head_dim, KvFormat format, float* sum);
   // out[i] = factor * row[i]

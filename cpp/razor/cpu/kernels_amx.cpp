@@ -4,6 +4,8 @@
 #include "razor/cpu/vec_avx512.h"
 // After Vec, which they are written against.
 #include "razor/cpu/attention-inl.h"
+#include "razor/cpu/decode-inl.h"
+#include "razor/cpu/decode_amx-inl.h"
 #include "razor/cpu/kv_rows-inl.h"
 #include "razor/cpu/products-inl.h"
 #include "razor/cpu/products_amx-inl.h"
@@ -11,6 +13,7 @@
 namespace razor::cpu {
 const Kernels kernels_amx = {.attention_tile = avx512::attention_tile,
                              .score_tile = avx512::score_tile,
+                             .decode_runs = avx512::decode_runs_amx,
                              .add_rows = avx512::add_rows,
                              .load_row = avx512::load_row,
                              .store_row = avx512::store_row,

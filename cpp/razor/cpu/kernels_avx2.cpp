@@ -3,12 +3,14 @@
 #include "razor/cpu/vec_avx2.h"
 // After Vec, which they are written against.
 #include "razor/cpu/attention-inl.h"
+#include "razor/cpu/decode-inl.h"
 #include "razor/cpu/kv_rows-inl.h"
 #include "razor/cpu/products-inl.h"
 
 namespace razor::cpu {
 const Kernels kernels_avx2 = {.attention_tile = avx2::attention_tile,
                               .score_tile = avx2::score_tile,
+                              .decode_runs = avx2::decode_runs,
                               .add_rows = avx2::add_rows,
                               .load_row = avx2::load_row,
                               .store_row = avx2::store_row,

@@ -3,12 +3,14 @@
 #include "razor/cpu/vec_scalar.h"
 // After Vec, which they are written against.
 #include "razor/cpu/attention-inl.h"
+#include "razor/cpu/decode-inl.h"
 #include "razor/cpu/kv_rows-inl.h"
 #include "razor/cpu/products-inl.h"
 
 namespace razor::cpu {
 const Kernels kernels_scalar = {.attention_tile = scalar::attention_tile,
                                 .score_tile = scalar::score_tile,
+                                .decode_runs = scalar::decode_runs,
                                 .add_rows = scalar::add_rows,
                                 .load_row = scalar::load_row,
                                 .store_row = scalar::store_row,
