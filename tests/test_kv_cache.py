@@ -383,6 +383,20 @@ def test_a_failed_append_or_attend_leaves_the_layer_as_it_was(how: str) -> None:
     assert_holds(cache._tensors(), case)
 
 
+def test_the_pages_of_a_prompt_are_neighbours() -> None:
+    """Reading goes on from page to page in memory; while nobody enters a page, the table is left alone."""
+    case = Case("", ((0, FULL, False), (4, 24, True)), steps(100, 1, 1), batch=2, page_size=16)
+    cache = case.cache()
+    cache.append(case.tokens[0].key, case.tokens[0].value)
+    for row, pages in zip(cache.page_table.tolist(), cache._pages(cache.seen).tolist(), strict=True):
+        assert row[:pages] == list(range(row[0], row[0] + pages))
+    table, free = cache.page_table, list(cache._free_pages)
+    for tokens in case.tokens[1:]:
+        cache.append(tokens.key, tokens.value)
+    assert cache.page_table is table
+    assert cache._free_pages == free
+
+
 def test_a_pad_beyond_what_is_stored_takes_no_pages() -> None:
     case = Case("", ((0, FULL, False),), steps(40, 60), batch=2, page_size=16)
     cache, (first, last) = case.cache(), case.tokens

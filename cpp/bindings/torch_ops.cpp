@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -56,6 +57,26 @@ std::optional<Array> array(const char* name, const std::optional<Tensor>& t) {
   return t ? std::optional(array(name, *t)) : std::nullopt;
 }
 
+// Contiguous, of the dtype and device of `like`, not initialised. torch::stable::new_empty looks its operator up by
+// name at every call, which costs as much as a third of a short attention call.
+Tensor result_like(const Tensor& like) {
+  constexpr int64_t kMostDims = 4;
+  int64_t strides[kMostDims];
+  int64_t stride = 1;
+  for (int64_t i = like.dim() - 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(like.size(i), 1);
+  }
+  int32_t dtype, device_type, device_index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle out;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(like.dim(), like.sizes().data(), strides, dtype, device_type, device_index, &out));
+  return Tensor(out);
+}
+
 Tensor attention(Tensor query, Tensor key, Tensor value, Tensor key_pages, Tensor value_pages, Tensor page_table,
                  Tensor seen, Tensor sink_size, Tensor window_size, Tensor compensate, Tensor key_sum, Tensor value_sum,
                  std::optional<Tensor> alibi_slopes, std::optional<Tensor> pad, double scale, bool dense) {
@@ -67,7 +88,7 @@ Tensor attention(Tensor query, Tensor key, Tensor value, Tensor key_pages, Tenso
   razor::AttentionParams params =
       razor::bindings::attention_params(array("query", query), array("key", key), array("value", value), cache,
                                         array("alibi_slopes", alibi_slopes), array("pad", pad), scale, dense);
-  Tensor out = torch::stable::new_empty(query, query.sizes());
+  Tensor out = result_like(query);  // 4 dimensions, as just checked
   params.out = out.data_ptr();
   razor::attention(params, torch_parallel_for_razor);
   return out;

@@ -10,10 +10,10 @@
 namespace razor::cpu::RAZOR_ISA_NAMESPACE {
 namespace {
 
-constexpr int64_t kTileKeys = 16;      // of a tile of logits
-constexpr int64_t kPairedKeys = 32;    // of a tile of probabilities
-constexpr int64_t kLineElements = 32;  // of bf16
-constexpr int64_t kLeastTileRun = 8;   // shorter runs are not worth a tile
+constexpr int64_t kTileKeys = 16;        // of a tile of logits
+constexpr int64_t kPairedKeys = 32;      // of a tile of probabilities
+constexpr int64_t kLineElements = 32;    // of bf16
+constexpr int64_t kLeastTileWork = 128;  // keys x query rows of a run; less is not worth a tile
 
 // Logits of 4 or 16 query rows: tiles 0 and 1 are logits, 2 queries, 3 keys or values, 4 and 5 probabilities, 6 and 7
 // weighted sums.
@@ -51,13 +51,13 @@ template <int kRows>
 inline void pack_queries(const DecodeTask& task, uint16_t* packed) {
   const int64_t blocks = (task.rows + kRows - 1) / kRows;
   for (int64_t r = 0; r < blocks * kRows; ++r) {
-    uint16_t* out = packed + r / kRows * kRows * task.head_dim + r % kRows * 2;
+    auto* out = reinterpret_cast<uint32_t*>(packed + r / kRows * kRows * task.head_dim) + r % kRows;
     const uint16_t* query = static_cast<const uint16_t*>(task.query) + r / task.group * task.query_stride[0] +
                             r % task.group * task.query_stride[1];
-    for (int64_t d = 0; d < task.head_dim; d += 2) {
-      uint32_t pair = 0;
-      if (r < task.rows) __builtin_memcpy(&pair, query + d, sizeof pair);
-      __builtin_memcpy(out + d * kRows, &pair, sizeof pair);
+    alignas(64) uint32_t pairs[kLineElements / 2] = {};
+    for (int64_t d = 0; d < task.head_dim; d += kLineElements) {
+      if (r < task.rows) _mm512_store_si512(pairs, _mm512_loadu_si512(query + d));
+      for (int i = 0; i < kLineElements / 2; ++i) out[(d / 2 + i) * kRows] = pairs[i];
     }
   }
 }
@@ -288,8 +288,12 @@ inline void decode_run(const DecodeTask& task, const DecodeRun& run, const Decod
   const int64_t lines = all * 3 / 4 / (blocks * 4 * (head_dim / kLineElements)) + 1;
   interleave_values(static_cast<const uint16_t*>(run.value), run.value_stride, run.count, head_dim,
                     all / 4 / (kTileColumns / 2), buffers.value, ahead);
-  for (int64_t c = 0; c < tail; ++c) {
-    __builtin_memcpy(buffers.key_tail + c * head_dim, key + (whole * kTileKeys + c) * run.key_stride, 2 * head_dim);
+  for (int64_t c = 0; tail > 0 && c < kTileKeys; ++c) {
+    const uint16_t* from = key + (whole * kTileKeys + c) * run.key_stride;
+    for (int64_t d = 0; d < head_dim; d += kLineElements) {
+      const __m512i line = c < tail ? _mm512_loadu_si512(from + d) : _mm512_setzero_si512();
+      _mm512_store_si512(buffers.key_tail + c * head_dim + d, line);
+    }
   }
   for (int64_t row = 0; row < task.rows; row += kRows) {
     const uint16_t* query = buffers.query + row * head_dim;
@@ -314,8 +318,6 @@ template <int kRows>
 inline void decode_tiles(const DecodeTask& task) {
   const DecodeBuffers buffers = decode_buffers<kRows>(task);
   pack_queries<kRows>(task, buffers.query);
-  __builtin_memset(buffers.key_tail, 0, 2 * kTileKeys * task.head_dim);
-  __builtin_memset(buffers.logits, 0, 4 * kTileColumns * kRows);
   const DecodeTiles<kRows> tiles;
   _tile_loadconfig(&tiles);
   for (int64_t i = 0; i < task.num_runs; ++i) decode_run<kRows>(task, task.runs[i], buffers, ahead_of(task, i));
@@ -323,18 +325,15 @@ inline void decode_tiles(const DecodeTask& task) {
 }
 
 void decode_runs_amx(const DecodeTask& task) {
-  const bool tiles =
+  const bool fits =
       task.format == KvFormat::kBF16 && task.query_format == KvFormat::kBF16 && task.head_dim % kLineElements == 0;
+  const auto in_tiles = [&](int64_t i) { return fits && task.runs[i].count * task.rows >= kLeastTileWork; };
   DecodeTask part = task;
   for (int64_t i = 0; i < task.num_runs; i += part.num_runs) {
-    const bool is_long = tiles && task.runs[i].count >= kLeastTileRun;
     part.runs = task.runs + i;
     part.num_runs = 1;
-    while (i + part.num_runs < task.num_runs &&
-           is_long == (tiles && task.runs[i + part.num_runs].count >= kLeastTileRun)) {
-      ++part.num_runs;
-    }
-    if (!is_long) {
+    while (i + part.num_runs < task.num_runs && in_tiles(i) == in_tiles(i + part.num_runs)) ++part.num_runs;
+    if (!in_tiles(i)) {
       decode_runs(part);
     } else if (task.rows <= 4) {
       decode_tiles<4>(part);

@@ -58,9 +58,10 @@ struct Vec {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
   }
   float largest() const { return _mm512_reduce_max_ps(v); }
-  // For v <= 0. exp(v) = 2^n * exp(r) with |r| <= ln(2) / 2, by a polynomial of degree 6; 0 for -inf, NaN stays.
+  // For v <= 0. exp(v) = 2^n * exp(r) with |r| <= ln(2) / 2, by a polynomial of degree 6; 0 below -87, NaN stays.
+  // No result is subnormal: making one, or a zero by underflow, would take the processor longer than all the rest.
   Vec exp() const {
-    const __m512 x = _mm512_max_ps(_mm512_set1_ps(-200.0f), v);
+    const __m512 x = _mm512_max_ps(_mm512_set1_ps(-87.0f), v);
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
@@ -71,7 +72,7 @@ struct Vec {
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return {_mm512_scalef_ps(p, n)};  // 2^-289 underflows to 0
+    return {_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(v, _mm512_set1_ps(-87.0f), _CMP_NLE_UQ), p, n)};
   }
 };
 
