@@ -17,8 +17,7 @@ namespace razor {
 namespace {
 
 constexpr int64_t kItemTokens = 1024;
-constexpr int64_t kMostRuns = 32;            // of one kernel call
-constexpr int64_t kSerialBytes = 192 << 10;  // calls that read less gain nothing from waking other threads
+constexpr int64_t kMostRuns = 32;  // of one kernel call
 
 // A page-table row with the tokens that any query sees: the sinks, and everything from the oldest window on.
 struct Part {

@@ -135,7 +135,10 @@ void check_cache(const KvCacheView& cache, const NewTokens& tokens, bool with_ne
 void append(const KvCacheView& cache, const NewTokens& tokens, ParallelFor parallel_for) {
   (void)cpu::kernels();  // refuses a wrong RAZOR_ISA before anything runs in parallel
   check_cache(cache, tokens, /*with_new_tokens=*/true);
-  for_each_item(parallel_for, cache.batch * cache.num_kv_heads, [&](int64_t r) {
+  const int64_t rows = cache.batch * cache.num_kv_heads;
+  const int64_t bytes = 2 * rows * tokens.q_len * cache.head_dim * element_size(cache.format);
+  if (bytes < kSerialBytes) parallel_for = serial_for;
+  for_each_item(parallel_for, rows, [&](int64_t r) {
     const CacheRow row = cache_row(cache, tokens, r);
     const int64_t end = row.seen + tokens.q_len - row.pad;
     // Tokens in [sink, end - window) are dropped afterwards; those before seen - window already were.

@@ -8,6 +8,9 @@
 
 namespace razor {
 
+// A call that reads less than this gains nothing from other threads: waking them takes as long.
+inline constexpr int64_t kSerialBytes = 192 << 10;
+
 using RangeFn = void (*)(int64_t begin, int64_t end, void* context);
 // Runs body on disjoint ranges that cover [begin, end), each of at least `grain` indices, in any order.
 using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, RangeFn body, void* context);

@@ -85,7 +85,7 @@ struct Kernels {
   void (*attention_tile)(const AttentionTile& tile);
   void (*score_tile)(const AttentionTile& tile);  // maximum and sum only
   void (*decode_runs)(const DecodeTask& task);
-  // sum[i] += sum over rows of row[i]; the block is summed by itself and added once.
+  // sum[i] += sum over rows of row[i]; blocks of rows are summed by themselves and added once.
   void (*add_rows)(const void* rows, int64_t stride, int64_t count, int64_t head_dim, KvFormat format, float* sum);
   // out[i] = factor * row[i]
   void (*load_row)(const void* row, int64_t head_dim, KvFormat format, float factor, float* out);

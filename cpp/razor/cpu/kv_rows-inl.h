@@ -5,13 +5,35 @@
 namespace razor::cpu::RAZOR_ISA_NAMESPACE {
 namespace {
 
+constexpr int64_t kSummedRows = 64;  // added up before they join the sum; they fit the L1 cache
+
+template <int kVecs, class T>
+inline void add_block(const T* rows, int64_t stride, int64_t count, int64_t width, float* sum) {
+  Vec total[kVecs];
+  for (Vec& x : total) x = Vec::zero();
+  for (int64_t i = 0; i < count; ++i) {
+    for (int v = 0; v < kVecs; ++v) {
+      total[v] = add(total[v], load_upto(rows + i * stride + v * Vec::kLanes, width - v * Vec::kLanes));
+    }
+  }
+  for (int v = 0; v < kVecs; ++v) {
+    float* out = sum + v * Vec::kLanes;
+    store_upto(add(load_upto(out, width - v * Vec::kLanes), total[v]), out, width - v * Vec::kLanes);
+  }
+}
+
+// Tried: all rows for one vector after the other. Every cache line of a long prompt then came from memory several
+// times: a 32K prompt with 4000-token windows took three times as long (bench/LOG.md).
 template <class T>
 inline void add_typed_rows(const T* rows, int64_t stride, int64_t count, int64_t head_dim, float* sum) {
-  for (int64_t d = 0; d < head_dim; d += Vec::kLanes) {
-    const int64_t width = head_dim - d;
-    Vec total = Vec::zero();
-    for (int64_t i = 0; i < count; ++i) total = add(total, load_upto(rows + i * stride + d, width));
-    store_upto(add(load_upto(sum + d, width), total), sum + d, width);
+  constexpr int kVecs = 8;
+  for (; count > 0; count -= kSummedRows, rows += kSummedRows * stride) {
+    const int64_t held = count < kSummedRows ? count : kSummedRows;
+    int64_t d = 0;
+    for (; d + kVecs * Vec::kLanes <= head_dim; d += kVecs * Vec::kLanes) {
+      add_block<kVecs>(rows + d, stride, held, kVecs * Vec::kLanes, sum + d);
+    }
+    for (; d < head_dim; d += Vec::kLanes) add_block<1>(rows + d, stride, held, head_dim - d, sum + d);
   }
 }
 
