@@ -351,6 +351,7 @@ UNDER_TEST = {
     "kv_cache.h": ("test_kv_cache.py", "append"),
     "kv_format.h": ("test_kv_cache.py", "dtype"),
     "parallel.h": ("test_attention.py", "set_num_threads"),
+    "softmax_state.h": ("test_attention.py", "few_queries"),
 }
 
 

@@ -1,38 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// Work is cut into items of (sequence, kv head, block of queries, range of tokens). The cuts depend on shapes alone, so
-// results do not change with the number of threads. An item walks its tokens in tiles; items that share queries leave
-// their softmax states in a workspace and are merged in order.
+// Work is cut into blocks of queries of one (sequence, kv head), each walking its tokens in tiles. The cuts depend on
+// shapes alone, so results do not change with the number of threads. A few queries have too few blocks: decode.cpp.
 #include "razor/attention.h"
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <vector>
 
 #include "razor/cpu/kernels.h"
 #include "razor/decode.h"
+#include "razor/softmax_state.h"
 
 namespace razor {
 namespace {
 
-constexpr int64_t kBlockRows = 64;        // query rows (tokens x group) that share each loaded key
-constexpr int64_t kSplitTokens = 1024;    // tokens per item when there are few queries
-constexpr int64_t kSplitMaxQueries = 16;  // longer calls have enough items without splitting the tokens
-
-// Softmax states of `rows` queries over part of their tokens: maximum[rows], sum[rows], weighted[rows, head_dim].
-struct SoftmaxState {
-  float* maximum;
-  float* sum;
-  float* weighted;
-
-  static int64_t floats(int64_t rows, int64_t head_dim) { return rows * (head_dim + 2); }
-  SoftmaxState(float* memory, int64_t rows) : maximum(memory), sum(memory + rows), weighted(memory + 2 * rows) {}
-  void clear(int64_t rows, int64_t head_dim) {
-    std::fill_n(maximum, rows, -std::numeric_limits<float>::infinity());
-    std::fill_n(sum, rows, 0.0f);
-    std::fill_n(weighted, rows * head_dim, 0.0f);
-  }
-};
+constexpr int64_t kBlockRows = 64;  // query rows (tokens x group) that share each loaded key
 
 // Queries [begin, end) of one page-table row, with the tokens that any of them sees as two ranges of positions:
 // the sinks, and everything from the oldest window on.
@@ -40,22 +22,15 @@ struct Block {
   CacheRow row;
   int64_t begin, end;  // query indices in this call, padding excluded
   int64_t sink_end, window_begin, window_end;
-  int64_t first_item, num_items;
   int64_t dropped_sums;  // index of this block's sums in the workspace, -1: start from the cache's
 
   int64_t position(int64_t query) const { return row.seen + query - row.pad; }
   int64_t visible() const { return sink_end + window_end - window_begin; }
 };
 
-struct Item {
-  int64_t block;
-  int64_t begin, end;  // of the block's visible tokens, sinks first
-};
-
 struct WorkList {
   std::vector<Block> blocks;
-  std::vector<Item> items;     // in block order
-  std::vector<int64_t> order;  // items, dearest first
+  std::vector<int64_t> order;  // blocks, dearest first
   int64_t block_tokens = 0;    // query tokens per block
   int64_t num_sums = 0;        // blocks that need their own dropped sums
 };
@@ -72,24 +47,15 @@ WorkList cut(const AttentionParams& params) {
       block.window_end = block.position(block.end);
       block.sink_end = std::min(row.sink, block.window_end);
       block.window_begin = std::min(oldest_kept(row, block.position(begin), params.dense), block.window_end);
-      block.first_item = static_cast<int64_t>(work.items.size());
-      const int64_t visible = block.visible();
-      const int64_t step = params.tokens.q_len <= kSplitMaxQueries ? kSplitTokens : std::max<int64_t>(visible, 1);
-      const auto index = static_cast<int64_t>(work.blocks.size());
-      for (int64_t t = 0; t == 0 || t < visible; t += step) {
-        work.items.push_back({.block = index, .begin = t, .end = std::min(t + step, visible)});
-      }
-      block.num_items = static_cast<int64_t>(work.items.size()) - block.first_item;
       block.dropped_sums = moving && begin > row.pad ? work.num_sums++ : -1;
       work.blocks.push_back(block);
     }
   }
   const auto cost = [&](int64_t i) {
-    const Item& item = work.items[i];
-    const Block& block = work.blocks[item.block];
-    return (item.end - item.begin) * (block.end - block.begin);
+    const Block& block = work.blocks[i];
+    return block.visible() * (block.end - block.begin);
   };
-  work.order.resize(work.items.size());
+  work.order.resize(work.blocks.size());
   for (size_t i = 0; i < work.order.size(); ++i) work.order[i] = static_cast<int64_t>(i);
   std::stable_sort(work.order.begin(), work.order.end(), [&](int64_t a, int64_t b) { return cost(a) > cost(b); });
   return work;
@@ -175,11 +141,9 @@ struct Worker {
     }
   }
 
-  // Tokens [begin, end) of the block's visible ones, sinks first.
-  void attend_visible(int64_t begin, int64_t end) {
-    attend_tokens(std::min(begin, block.sink_end), std::min(end, block.sink_end));
-    const int64_t shift = block.window_begin - block.sink_end;
-    attend_tokens(std::max(begin, block.sink_end) + shift, std::max(end, block.sink_end) + shift);
+  void attend_visible() {
+    attend_tokens(0, block.sink_end);
+    attend_tokens(block.window_begin, block.window_end);
   }
 
   // The compensation row: for each query its own mean, one tile of `group` rows by one column.
@@ -229,22 +193,6 @@ struct Worker {
   }
 };
 
-// into := softmax over the tokens of both.
-void merge(const SoftmaxState& from, int64_t rows, int64_t head_dim, SoftmaxState& into) {
-  for (int64_t r = 0; r < rows; ++r) {
-    if (from.sum[r] == 0.0f) continue;
-    const float maximum = std::max(into.maximum[r], from.maximum[r]);
-    const float mine = into.sum[r] == 0.0f ? 0.0f : std::exp(into.maximum[r] - maximum);
-    const float theirs = std::exp(from.maximum[r] - maximum);
-    into.maximum[r] = maximum;
-    into.sum[r] = mine * into.sum[r] + theirs * from.sum[r];
-    for (int64_t d = 0; d < head_dim; ++d) {
-      float& x = into.weighted[r * head_dim + d];
-      x = mine * x + theirs * from.weighted[r * head_dim + d];
-    }
-  }
-}
-
 // Sums of the tokens dropped before the first query of each block but the first of a row: sums[num_sums, 2, head_dim].
 void sum_dropped(const AttentionParams& params, const WorkList& work, ParallelFor parallel_for, float* sums) {
   const int64_t head_dim = params.cache.head_dim;
@@ -292,36 +240,17 @@ void attention(const AttentionParams& params, ParallelFor parallel_for) {
   if (work.num_sums > 0) sum_dropped(params, work, parallel_for, sums.data());
 
   const int64_t block_rows = work.block_tokens * group;
-  const int64_t state_floats = SoftmaxState::floats(block_rows, head_dim);
-  const bool split = params.tokens.q_len <= kSplitMaxQueries;
-  std::vector<float> states(split ? work.items.size() * state_floats : 0);
-
-  for_each_item(parallel_for, static_cast<int64_t>(work.items.size()), [&](int64_t i) {
-    const Item& item = work.items[work.order[i]];
-    const Block& block = work.blocks[item.block];
+  for_each_item(parallel_for, static_cast<int64_t>(work.blocks.size()), [&](int64_t i) {
+    const Block& block = work.blocks[work.order[i]];
     Scratch scratch(block_rows, head_dim);
-    float* memory = split ? states.data() + work.order[i] * state_floats : scratch.state;
-    Worker worker{params, block, scratch, SoftmaxState(memory, block_rows)};
+    Worker worker{params, block, scratch, SoftmaxState(scratch.state, block_rows)};
     worker.state.clear(block_rows, head_dim);
     worker.load_queries();
-    worker.attend_visible(item.begin, item.end);
-    if (block.row.compensate && item.end == block.visible()) {
+    worker.attend_visible();
+    if (block.row.compensate) {
       worker.attend_dropped(block.dropped_sums < 0 ? nullptr : sums.data() + block.dropped_sums * 2 * head_dim);
     }
-    if (block.num_items == 1) worker.store();
-  });
-
-  if (!split) return;
-  for_each_item(parallel_for, static_cast<int64_t>(work.blocks.size()), [&](int64_t b) {
-    const Block& block = work.blocks[b];
-    if (block.num_items == 1) return;
-    SoftmaxState total(states.data() + block.first_item * state_floats, block_rows);
-    for (int64_t i = block.first_item + 1; i < block.first_item + block.num_items; ++i) {
-      merge(SoftmaxState(states.data() + i * state_floats, block_rows), (block.end - block.begin) * group, head_dim,
-            total);
-    }
-    Scratch scratch(0, 0);
-    Worker{params, block, scratch, total}.store();
+    worker.store();
   });
 }
 

@@ -6,12 +6,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <memory>
 #include <new>
 #include <vector>
 
 #include "razor/cpu/kernels.h"
+#include "razor/softmax_state.h"
 
 namespace razor {
 namespace {
@@ -76,37 +76,6 @@ class Floats {
   };
   std::unique_ptr<float, Free> data_;
 };
-
-// Softmax states of `rows` queries: maximum[rows], sum[rows], weighted[rows, head_dim].
-struct SoftmaxState {
-  float* maximum;
-  float* sum;
-  float* weighted;
-
-  static int64_t floats(int64_t rows, int64_t head_dim) { return rows * (head_dim + 2); }
-  SoftmaxState(float* memory, int64_t rows) : maximum(memory), sum(memory + rows), weighted(memory + 2 * rows) {}
-  void clear(int64_t rows, int64_t head_dim) const {
-    std::fill_n(maximum, rows, -std::numeric_limits<float>::infinity());
-    std::fill_n(sum, rows, 0.0f);
-    std::fill_n(weighted, rows * head_dim, 0.0f);
-  }
-};
-
-// into := softmax over the tokens of both.
-void merge(const SoftmaxState& from, int64_t rows, int64_t head_dim, const SoftmaxState& into) {
-  for (int64_t r = 0; r < rows; ++r) {
-    if (from.sum[r] == 0.0f) continue;
-    const float maximum = std::max(into.maximum[r], from.maximum[r]);
-    const float mine = into.sum[r] == 0.0f ? 0.0f : std::exp(into.maximum[r] - maximum);
-    const float theirs = std::exp(from.maximum[r] - maximum);
-    into.maximum[r] = maximum;
-    into.sum[r] = mine * into.sum[r] + theirs * from.sum[r];
-    for (int64_t d = 0; d < head_dim; ++d) {
-      float& x = into.weighted[r * head_dim + d];
-      x = mine * x + theirs * from.weighted[r * head_dim + d];
-    }
-  }
-}
 
 void store(const AttentionParams& params, const Part& part, const SoftmaxState& state) {
   const CacheRow& row = part.row;
