@@ -295,7 +295,7 @@ def _grown(pages: Tensor, size: int, needed: int) -> Tensor:
     """A copy of the pool with `size` pages, the first `needed` of which will be filled now. On the CPU in a mapping of
     its own: what is not used yet takes no memory, and what is let go returns to the system at once, where the heap
     would keep pools of other sizes around. What will be filled lies in huge pages where it fills them: reading it is
-    a quarter faster."""
+    a sixth faster."""
     shape = (size, *pages.shape[1:])
     if pages.device.type == "cpu":
         page_bytes = math.prod(pages.shape[1:]) * pages.element_size()

@@ -2,6 +2,10 @@
 // A few queries against long runs of keys, written once against Vec. With few queries the memory sets the pace, so the
 // next run is fetched in small portions all the while: the hardware's own prefetchers end at every 4 KiB, and rest
 // during the softmax. Uses the blocks of attention-inl.h.
+//
+// Tried, of one thread's 15 GB/s: no fetching ahead 6.9; into L1 11.5, into L2 12.3; every second line, hoping for the
+// neighbour, 8.3 to 10.4; loads instead of prefetches 9.5 to 11.8; values during the keys and the next keys during the
+// values 11.3; keys and values in turns from 1, 2 or 4 places each 12.8, 12.8, 13.1 (bench/LOG.md).
 
 namespace razor::cpu::RAZOR_ISA_NAMESPACE {
 namespace {
