@@ -335,6 +335,7 @@ UNDER_TEST = {
     "attention.h": ("test_attention.py", "LayerCache"),
     "check.h": ("test_ops.py", "ValueError"),
     "cpu/attention-inl.h": ("test_attention.py", "LayerCache"),
+    "cpu/attention_amx-inl.h": ("test_isa.py", "amx"),
     "cpu/decode-inl.h": ("test_attention.py", "few_queries"),
     "cpu/decode_amx-inl.h": ("test_isa.py", "few queries"),
     "cpu/isa.h": ("test_isa.py", "RAZOR_ISA"),
@@ -352,6 +353,7 @@ UNDER_TEST = {
     "kv_format.h": ("test_kv_cache.py", "dtype"),
     "parallel.h": ("test_attention.py", "set_num_threads"),
     "softmax_state.h": ("test_attention.py", "few_queries"),
+    "tiled_scratch.h": ("test_attention.py", "bfloat16"),
 }
 
 

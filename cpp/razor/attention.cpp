@@ -5,16 +5,22 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
+#include <optional>
 #include <vector>
 
 #include "razor/cpu/kernels.h"
 #include "razor/decode.h"
 #include "razor/softmax_state.h"
+#include "razor/tiled_scratch.h"
 
 namespace razor {
 namespace {
 
-constexpr int64_t kBlockRows = 64;  // query rows (tokens x group) that share each loaded key
+constexpr int64_t kBlockRows = 64;       // query rows (tokens x group) that share each loaded key
+constexpr int64_t kTiledRows = 512;      // the same where attention_block packs keys
+constexpr int64_t kLongPrompt = 4096;    // tokens from which on there are enough blocks of twice as many
+constexpr int64_t kTiledColumns = 4096;  // tokens per call of attention_block
 
 // Queries [begin, end) of one page-table row, with the tokens that any of them sees as two ranges of positions:
 // the sinks, and everything from the oldest window on.
@@ -35,10 +41,16 @@ struct WorkList {
   int64_t num_sums = 0;        // blocks that need their own dropped sums
 };
 
+bool is_tiled(const AttentionParams& params) {
+  return params.cache.format == KvFormat::kBF16 && cpu::kernels().attention_block != nullptr;
+}
+
 WorkList cut(const AttentionParams& params) {
   const int64_t group = params.num_heads / params.cache.num_kv_heads;
+  const int64_t tiled_rows = params.tokens.q_len < kLongPrompt ? kTiledRows : 2 * kTiledRows;
+  const int64_t block_rows = is_tiled(params) ? tiled_rows : kBlockRows;
   WorkList work;
-  work.block_tokens = std::clamp<int64_t>(kBlockRows / group, 1, std::max<int64_t>(params.tokens.q_len, 1));
+  work.block_tokens = std::clamp<int64_t>(block_rows / group, 1, std::max<int64_t>(params.tokens.q_len, 1));
   for (int64_t r = 0; r < params.cache.batch * params.cache.num_kv_heads; ++r) {
     const CacheRow row = cache_row(params.cache, params.tokens, r);
     const bool moving = row.compensate && !params.dense;
@@ -61,24 +73,27 @@ WorkList cut(const AttentionParams& params) {
   return work;
 }
 
-// Scratch of one thread while it works on one block.
+// Scratch of one thread.
 struct Scratch {
-  std::vector<float> memory;
+  std::optional<TiledScratch> tiled;  // for attention_block, if it is used
+  std::unique_ptr<float[]> memory;
   std::vector<int32_t> columns;
-  float *query, *logits, *bias, *slope, *state, *dropped;  // dropped: key sum, value sum, mean key, mean value
+  float *query, *logits, *bias, *slope, *origin, *state, *dropped;  // dropped: key sum, value sum, mean key, mean value
   int32_t *first, *last;
 
   Scratch(int64_t rows, int64_t head_dim) {
     const int64_t state_floats = SoftmaxState::floats(rows, head_dim);
-    memory.resize(rows * (head_dim + cpu::kTileColumns + 2) + state_floats + 4 * head_dim);
+    memory = std::make_unique_for_overwrite<float[]>(rows * (head_dim + cpu::kTileColumns + 3) + state_floats +
+                                                     4 * head_dim);
     columns.resize(2 * rows);
-    query = memory.data();
+    query = memory.get();
     logits = query + rows * head_dim;
     bias = logits + rows * cpu::kTileColumns;
     slope = bias + rows;
     first = columns.data();
     last = first + rows;
-    state = slope + rows;
+    origin = slope + rows;
+    state = origin + rows;
     dropped = state + state_floats;
   }
 };
@@ -91,17 +106,27 @@ struct Worker {
   const cpu::Kernels& kernels = cpu::kernels();
   int64_t head_dim = params.cache.head_dim;
   int64_t group = params.num_heads / params.cache.num_kv_heads;
+  TiledScratch* tiled = scratch.tiled ? &*scratch.tiled : nullptr;
 
-  // Row (query - block.begin) * group + g of the tile is query head head * group + g.
-  void load_queries() {
-    for (int64_t i = block.begin; i < block.end; ++i) {
-      for (int64_t g = 0; g < group; ++g) {
-        const int64_t offset = block.row.batch_index * params.query_stride[0] +
-                               (block.row.head * group + g) * params.query_stride[1] + i * params.query_stride[2];
-        kernels.load_row(static_cast<const char*>(params.query) + offset * element_size(params.cache.format), head_dim,
-                         params.cache.format, params.scale, scratch.query + ((i - block.begin) * group + g) * head_dim);
-      }
+  int64_t rows() const { return (block.end - block.begin) * group; }
+
+  // Row (query - block.begin) * group + g of the block is query head head * group + g.
+  const void* query_row(int64_t r) const {
+    const int64_t offset = block.row.batch_index * params.query_stride[0] +
+                           (block.row.head * group + r % group) * params.query_stride[1] +
+                           (block.begin + r / group) * params.query_stride[2];
+    return static_cast<const char*>(params.query) + offset * element_size(params.cache.format);
+  }
+
+  void load_queries(int64_t first_row, int64_t end_row) {
+    for (int64_t r = first_row; r < end_row; ++r) {
+      kernels.load_row(query_row(r), head_dim, params.cache.format, params.scale, scratch.query + r * head_dim);
     }
+  }
+
+  void load_all_queries() {
+    if (tiled == nullptr) return load_queries(0, rows());
+    for (int64_t r = 0; r < rows(); ++r) tiled->load_query(r, query_row(r));
   }
 
   cpu::AttentionTile tile(int64_t first_row, int64_t rows) const {
@@ -119,23 +144,63 @@ struct Worker {
             .format = params.cache.format};
   }
 
+  // Which of the tokens [begin, begin + columns) the rows see.
+  void see_columns(int64_t begin, int64_t columns, bool sinks) {
+    int64_t r = 0;
+    for (int64_t i = block.begin; i < block.end; ++i) {
+      const int64_t p = block.position(i);
+      const int64_t oldest = sinks ? 0 : oldest_kept(block.row, p, params.dense);
+      for (int64_t g = 0; g < group; ++g, ++r) {
+        scratch.first[r] = static_cast<int32_t>(std::clamp<int64_t>(oldest - begin, 0, columns));
+        scratch.last[r] = static_cast<int32_t>(std::clamp<int64_t>(p + 1 - begin, 0, columns));
+        scratch.slope[r] = params.alibi_slopes ? params.alibi_slopes[block.row.head * group + g] : 0.0f;
+        scratch.origin[r] = static_cast<float>(p - begin);
+        scratch.bias[r] = -scratch.slope[r] * scratch.origin[r];
+      }
+    }
+  }
+
+  // attend_tokens for blocks of tiles.
+  void attend_tiled(int64_t begin, int64_t end, bool sinks) {
+    for (; begin < end; begin += kTiledColumns) {
+      const int64_t columns = std::min(kTiledColumns, end - begin);
+      for (int64_t c = 0; c < columns;) {
+        const Run run = next_run(params.cache, params.tokens, block.row, begin + c, begin + columns, columns);
+        for (int64_t i = 0; i < run.count; ++i, ++c) {
+          tiled->keys[c] = static_cast<const char*>(run.key) + i * run.key_stride * element_size(KvFormat::kBF16);
+          tiled->values[c] = static_cast<const char*>(run.value) + i * run.value_stride * element_size(KvFormat::kBF16);
+        }
+      }
+      see_columns(begin, columns, sinks);
+      kernels.attention_block({.query = tiled->query,
+                               .key_rows = tiled->keys.data(),
+                               .value_rows = tiled->values.data(),
+                               .first = scratch.first,
+                               .last = scratch.last,
+                               .slope = params.alibi_slopes ? scratch.slope : nullptr,
+                               .origin = scratch.origin,
+                               .maximum = state.maximum,
+                               .sum = state.sum,
+                               .weighted = state.weighted,
+                               .scratch = tiled->packed,
+                               .rows = rows(),
+                               .columns = columns,
+                               .head_dim = head_dim,
+                               .scale = params.scale});
+    }
+  }
+
   // Tokens [begin, end), all sinks or all beyond the sinks.
   void attend_tokens(int64_t begin, int64_t end) {
     const bool sinks = end <= block.row.sink;
+    if (tiled != nullptr) return attend_tiled(begin, end, sinks);
     while (begin < end) {
       const Run run = next_run(params.cache, params.tokens, block.row, begin, end, cpu::kTileColumns);
-      cpu::AttentionTile t = tile(0, (block.end - block.begin) * group);
+      cpu::AttentionTile t = tile(0, rows());
       t.key = run.key, t.value = run.value;
       t.key_stride = run.key_stride, t.value_stride = run.value_stride;
       t.columns = run.count;
-      for (int64_t r = 0; r < t.rows; ++r) {
-        const int64_t p = block.position(block.begin + r / group);
-        const int64_t oldest = sinks ? 0 : oldest_kept(block.row, p, params.dense);
-        scratch.first[r] = static_cast<int32_t>(std::clamp<int64_t>(oldest - begin, 0, run.count));
-        scratch.last[r] = static_cast<int32_t>(std::clamp<int64_t>(p + 1 - begin, 0, run.count));
-        scratch.slope[r] = params.alibi_slopes ? params.alibi_slopes[block.row.head * group + r % group] : 0.0f;
-        scratch.bias[r] = -scratch.slope[r] * static_cast<float>(p - begin);
-      }
+      see_columns(begin, run.count, sinks);
       kernels.attention_tile(t);
       begin += run.count;
     }
@@ -173,7 +238,9 @@ struct Worker {
       kernels.load_row(key_sum, head_dim, KvFormat::kF32, 1.0f / static_cast<float>(dropped), key_mean);
       kernels.load_row(value_sum, head_dim, KvFormat::kF32, 1.0f / static_cast<float>(dropped), value_mean);
       std::fill_n(scratch.bias, group, std::log(static_cast<float>(dropped)));
-      cpu::AttentionTile t = tile((i - block.begin) * group, group);
+      const int64_t first_row = (i - block.begin) * group;
+      if (tiled != nullptr) load_queries(first_row, first_row + group);
+      cpu::AttentionTile t = tile(first_row, group);
       t.key = key_mean, t.value = value_mean;
       t.columns = 1;
       t.format = KvFormat::kF32;
@@ -183,7 +250,7 @@ struct Worker {
 
   void store() const {
     char* out = static_cast<char*>(params.out);
-    for (int64_t r = 0; r < (block.end - block.begin) * group; ++r) {
+    for (int64_t r = 0; r < rows(); ++r) {
       const int64_t head = block.row.head * group + r % group, i = block.begin + r / group;
       const int64_t offset = ((block.row.batch_index * params.num_heads + head) * params.tokens.q_len + i) * head_dim;
       const float factor = state.sum[r] == 0.0f ? 0.0f : 1.0f / state.sum[r];
@@ -240,12 +307,16 @@ void attention(const AttentionParams& params, ParallelFor parallel_for) {
   if (work.num_sums > 0) sum_dropped(params, work, parallel_for, sums.data());
 
   const int64_t block_rows = work.block_tokens * group;
-  for_each_item(parallel_for, static_cast<int64_t>(work.blocks.size()), [&](int64_t i) {
-    const Block& block = work.blocks[work.order[i]];
+  const auto make_scratch = [&] {
     Scratch scratch(block_rows, head_dim);
+    if (is_tiled(params)) scratch.tiled.emplace(block_rows, head_dim, kTiledColumns);
+    return scratch;
+  };
+  for_each_item(parallel_for, static_cast<int64_t>(work.blocks.size()), make_scratch, [&](int64_t i, Scratch& scratch) {
+    const Block& block = work.blocks[work.order[i]];
     Worker worker{params, block, scratch, SoftmaxState(scratch.state, block_rows)};
     worker.state.clear(block_rows, head_dim);
-    worker.load_queries();
+    worker.load_all_queries();
     worker.attend_visible();
     if (block.row.compensate) {
       worker.attend_dropped(block.dropped_sums < 0 ? nullptr : sums.data() + block.dropped_sums * 2 * head_dim);

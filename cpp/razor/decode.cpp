@@ -217,9 +217,9 @@ void decode(const AttentionParams& params, ParallelFor parallel_for) {
   const auto state = [&](int64_t item) { return SoftmaxState(states.get() + item * state_floats, rows); };
   if (work.tokens * 2 * head_dim * element_size(params.cache.format) < kSerialBytes) parallel_for = serial_for;
 
-  for_each_item_with(
+  for_each_item(
       parallel_for, num_items, [&] { return Worker(params); },
-      [&](Worker& worker, int64_t i) {
+      [&](int64_t i, Worker& worker) {
         const Part& part = work.parts[work.items[i].part];
         worker.attend(part, work.items[i], state(i));
         if (part.num_items == 1) store(params, part, state(i));

@@ -19,32 +19,32 @@ inline void serial_for(int64_t begin, int64_t end, int64_t /*grain*/, RangeFn bo
   if (begin < end) body(begin, end, context);
 }
 
-// Calls body(worker, i) once for each i in [0, count), every thread with a worker of its own from make_worker().
-// Threads take the next index when they are free, so that items of very different cost (a full head beside a window)
-// still finish together; put the dear ones first.
-template <class MakeWorker, class Body>
-void for_each_item_with(ParallelFor parallel_for, int64_t count, const MakeWorker& make_worker, const Body& body) {
+// Calls body(i, scratch) once for each i in [0, count). Threads take the next index when they are free, so that items
+// of very different cost (a full head beside a window) still finish together; put the dear ones first. A thread calls
+// make_scratch() before its first item and keeps what it returns for all of its items.
+template <class MakeScratch, class Body>
+void for_each_item(ParallelFor parallel_for, int64_t count, const MakeScratch& make_scratch, const Body& body) {
   struct Context {
-    const MakeWorker* make_worker;
+    const MakeScratch* make_scratch;
     const Body* body;
     std::atomic<int64_t> next;
     int64_t count;
-  } context{&make_worker, &body, 0, count};
+  } context{&make_scratch, &body, 0, count};
   constexpr int64_t kMaxThreads = 256;
   const RangeFn drain = [](int64_t, int64_t, void* opaque) {
     auto& shared = *static_cast<Context*>(opaque);
-    auto worker = (*shared.make_worker)();
-    for (int64_t i; (i = shared.next.fetch_add(1, std::memory_order_relaxed)) < shared.count;) {
-      (*shared.body)(worker, i);
-    }
+    int64_t i = shared.next.fetch_add(1, std::memory_order_relaxed);
+    if (i >= shared.count) return;
+    auto scratch = (*shared.make_scratch)();
+    for (; i < shared.count; i = shared.next.fetch_add(1, std::memory_order_relaxed)) (*shared.body)(i, scratch);
   };
   parallel_for(0, std::min(count, kMaxThreads), /*grain=*/1, drain, &context);
 }
 
-// The same where body(i) needs no worker.
+// Calls body(i) once for each i in [0, count), in the same way.
 template <class Body>
 void for_each_item(ParallelFor parallel_for, int64_t count, const Body& body) {
-  for_each_item_with(parallel_for, count, [] { return 0; }, [&](int, int64_t i) { body(i); });
+  for_each_item(parallel_for, count, [] { return 0; }, [&body](int64_t i, int) { body(i); });
 }
 
 }  // namespace razor

@@ -63,6 +63,29 @@ constexpr int64_t decode_scratch(int64_t rows, int64_t head_dim) {
   return (rows + 16) * (head_dim + kTileColumns + 4) + kTileColumns * (head_dim + 64) + 16 * (head_dim + 64);
 }
 
+constexpr int64_t block_multiple(int64_t x) { return (x + 31) / 32 * 32; }
+
+// Many query rows in bf16 against any number of keys in any places. logit[r][c] = scale * query_r . key_c +
+// slope[r] * (c - origin[r]) for the visible columns first[r] <= c < last[r]; the softmax state takes them in.
+struct AttentionBlock {
+  const void* query;              // [rows, head_dim] bf16, both rounded up to block_multiple, columns by zeros
+  const void* const* key_rows;    // [columns] addresses of [head_dim] bf16
+  const void* const* value_rows;  // [columns]; not read by score_block
+  const int32_t* first;           // [rows] first visible column
+  const int32_t* last;            // [rows] one past the last visible column, at most `columns`
+  const float* slope;             // [rows] logit per column, nullable (none)
+  const float* origin;            // [rows] column, not read without a slope
+  float* maximum;                 // [rows] state as in AttentionTile
+  float* sum;                     // [rows]
+  float* weighted;                // [rows, head_dim]; not touched by score_block
+  float* scratch;                 // [block_scratch(head_dim)], at a multiple of 64 bytes
+  int64_t rows, columns, head_dim;
+  float scale;
+};
+
+// Elements of scratch: packed keys and values, the logits of some rows, products.
+constexpr int64_t block_scratch(int64_t head_dim) { return 256 * block_multiple(head_dim) + 32 * (272 + 2 * 32); }
+
 inline constexpr int64_t kMostPanelRows = 64;  // rows that a kernel packs together
 
 // Left rows against right rows, for the largest of their products.
@@ -83,7 +106,9 @@ constexpr int64_t product_scratch(int64_t left_rows, int64_t right_rows, int64_t
 
 struct Kernels {
   void (*attention_tile)(const AttentionTile& tile);
-  void (*score_tile)(const AttentionTile& tile);  // maximum and sum only
+  void (*score_tile)(const AttentionTile& tile);         // maximum and sum only
+  void (*attention_block)(const AttentionBlock& block);  // nullable: nothing faster than tiles of rows
+  void (*score_block)(const AttentionBlock& block);      // nullable; maximum and sum only
   void (*decode_runs)(const DecodeTask& task);
   // sum[i] += sum over rows of row[i]; blocks of rows are summed by themselves and added once.
   void (*add_rows)(const void* rows, int64_t stride, int64_t count, int64_t head_dim, KvFormat format, float* sum);

@@ -9,10 +9,14 @@
 #include "razor/cpu/kv_rows-inl.h"
 #include "razor/cpu/products-inl.h"
 #include "razor/cpu/products_amx-inl.h"
+// After the tiles of products.
+#include "razor/cpu/attention_amx-inl.h"
 
 namespace razor::cpu {
 const Kernels kernels_amx = {.attention_tile = avx512::attention_tile,
                              .score_tile = avx512::score_tile,
+                             .attention_block = avx512::attention_block,
+                             .score_block = avx512::score_block,
                              .decode_runs = avx512::decode_runs_amx,
                              .add_rows = avx512::add_rows,
                              .load_row = avx512::load_row,
