@@ -235,15 +235,12 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--chunk", type=_integer(1), help="tokens of the prompt in one call (default: all)")
     made.add_argument("--compare", action="store_true", help="also generate with the full cache")
 
-    made = add(
-        "demo", command.demo, "try two small models with full and compressed caches", "--length 4096 8192"
-    )
+    made = add("demo", command.demo, "try two small models with full and compressed caches", "--length 4096 8192")
     made.add_argument(
         "--out", type=_folder, default=Path("razor-demo"), help="folder for its files (default: razor-demo)"
     )
-    made.add_argument(
-        "--length", type=_integer(1), nargs="+", default=[4096, 8192], help="tokens of the prompts, of ALiBi's texts up to 4096 (default: 4096 8192)"
-    )
+    text = "tokens of the prompts, of ALiBi's texts up to 4096 (default: 4096 8192)"
+    made.add_argument("--length", type=_integer(1), nargs="+", default=[4096, 8192], help=text)
     made.add_argument("--questions", type=_integer(1), default=20, help="of each length (default: 20)")
     made.add_argument("--model", type=_checkpoint, help="folder of another model made by bench/train_model.py")
     return parser
