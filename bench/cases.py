@@ -44,7 +44,7 @@ class Layer:
 
 
 LLAMA3_8B = Layer(num_heads=32, num_kv_heads=8, head_dim=128)
-CONTEXTS = {"8k": 8192, "32k": 32768}  # tokens
+CONTEXTS = {f"{k}k": k * 1024 for k in (4, 8, 16, 32, 128)}  # tokens
 
 
 def plans(layer: Layer = LLAMA3_8B) -> dict[str, Plan]:
