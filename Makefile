@@ -27,9 +27,9 @@ format: $(VENV)/.torch $(VENV)/.lint
 	$(VENV)/bin/clang-format -i $(CPP)
 
 bench: $(VENV)/.installed
-	$(RUN) razor_attention.bench.attention --question decode --context 8k 32k
-	$(RUN) razor_attention.bench.attention --question prefill --context 8k
-	$(RUN) razor_attention.bench.head_scores
+	$(RUN) razor_attention.bench.attention --question decode --context 8k 32k 128k
+	$(RUN) razor_attention.bench.attention --question prefill --context 4k 8k 16k
+	$(RUN) razor_attention.bench.head_scores --long
 	$(RUN) razor_attention.bench.windows
 	$(RUN) razor_attention.bench.memory
 
