@@ -347,6 +347,7 @@ UNDER_TEST = {
     "cpu/vec_avx512.h": ("test_isa.py", "avx512"),
     "cpu/vec_scalar.h": ("test_isa.py", "scalar"),
     "decode.h": ("test_attention.py", "few_queries"),
+    "floats.h": ("test_alibi_windows.py", "alibi_windows"),
     "float16.h": ("test_attention.py", "float16"),
     "head_scores.h": ("test_head_scores.py", "head_scores"),
     "kv_cache.h": ("test_kv_cache.py", "append"),

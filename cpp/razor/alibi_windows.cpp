@@ -4,26 +4,16 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "razor/cpu/kernels.h"
+#include "razor/floats.h"
+#include "razor/kv_cache.h"
 
 namespace razor {
 namespace {
 
-constexpr int64_t kFull = 2147483647;              // 2^31 - 1: keeps every token
-constexpr int64_t kBlockElements = 2560 * 128;     // of packed query rows: they stay in the L2 cache
-constexpr std::align_val_t kScratchAlignment{64};  // bytes
-
-struct Scratch {
-  explicit Scratch(int64_t elements)
-      : data(static_cast<float*>(::operator new(elements * sizeof(float), kScratchAlignment))) {}
-  ~Scratch() { ::operator delete(data, kScratchAlignment); }
-  Scratch(const Scratch&) = delete;
-  float* data;
-};
+constexpr int64_t kBlockElements = 2560 * 128;  // of packed query rows: they stay in the L2 cache
 
 const char* head_start(const void* base, const int64_t (&stride)[3], KvFormat format, int64_t row, int64_t head) {
   return static_cast<const char*>(base) + (row * stride[0] + head * stride[1]) * element_size(format);
@@ -37,10 +27,10 @@ std::vector<float> largest_products(const AlibiWindowsParams& p, ParallelFor par
   for_each_item(parallel_for, p.num_heads * blocks, [&](int64_t item) {
     const int64_t head = item / blocks, row = item % blocks * block_rows;
     const int64_t rows = std::min(block_rows, p.q_rows - row);
-    const Scratch scratch(cpu::product_scratch(rows, p.k_rows, p.cols));
+    const Floats scratch(cpu::product_scratch(rows, p.k_rows, p.cols));
     largest[item] = cpu::kernels().largest_product({.left = head_start(p.query, p.query_stride, p.format, row, head),
                                                     .right = head_start(p.key, p.key_stride, p.format, /*row=*/0, head),
-                                                    .scratch = scratch.data,
+                                                    .scratch = scratch.get(),
                                                     .left_stride = {p.query_stride[0], p.query_stride[2]},
                                                     .right_stride = {p.key_stride[0], p.key_stride[2]},
                                                     .left_rows = rows,

@@ -214,48 +214,27 @@ struct Worker {
   // The compensation row: for each query its own mean, one tile of `group` rows by one column.
   void attend_dropped(const float* block_sums) {
     const CacheRow& row = block.row;
-    float *key_sum = scratch.dropped, *value_sum = key_sum + head_dim;
-    float *key_mean = value_sum + head_dim, *value_mean = key_mean + head_dim;
-    int64_t summed = std::max(row.sink, row.seen - row.window);  // the sums hold tokens [sink, summed)
-    const float* start = params.cache.key_sum + row.table_row * head_dim;
-    const float* value_start = params.cache.value_sum + row.table_row * head_dim;
+    const DroppedMeans means(scratch.dropped, head_dim);
+    int64_t summed = means.start(params.cache, row);
     if (block_sums != nullptr) {
-      start = block_sums, value_start = block_sums + head_dim;
+      std::copy_n(block_sums, 2 * head_dim, means.key_sum);  // and value_sum
       summed = oldest_kept(row, block.position(block.begin), params.dense);
     }
-    std::copy_n(start, head_dim, key_sum);
-    std::copy_n(value_start, head_dim, value_sum);
     std::fill_n(scratch.first, group, 0);
     std::fill_n(scratch.last, group, 1);
     std::fill_n(scratch.slope, group, 0.0f);
     for (int64_t i = block.begin; i < block.end; ++i) {
-      // A window of 0 drops the query's own token too.
       const int64_t oldest = oldest_kept(row, block.position(i), params.dense);
-      add_tokens(params.cache, params.tokens, row, summed, oldest, key_sum, value_sum);
-      summed = std::max(summed, oldest);
-      const int64_t dropped = summed - row.sink;
+      const int64_t dropped = means.move(params.cache, params.tokens, row, oldest, summed);
       if (dropped == 0) continue;
-      kernels.load_row(key_sum, head_dim, KvFormat::kF32, 1.0f / static_cast<float>(dropped), key_mean);
-      kernels.load_row(value_sum, head_dim, KvFormat::kF32, 1.0f / static_cast<float>(dropped), value_mean);
       std::fill_n(scratch.bias, group, std::log(static_cast<float>(dropped)));
       const int64_t first_row = (i - block.begin) * group;
       if (tiled != nullptr) load_queries(first_row, first_row + group);
       cpu::AttentionTile t = tile(first_row, group);
-      t.key = key_mean, t.value = value_mean;
+      t.key = means.key_mean, t.value = means.value_mean;
       t.columns = 1;
       t.format = KvFormat::kF32;
       kernels.attention_tile(t);
-    }
-  }
-
-  void store() const {
-    char* out = static_cast<char*>(params.out);
-    for (int64_t r = 0; r < rows(); ++r) {
-      const int64_t head = block.row.head * group + r % group, i = block.begin + r / group;
-      const int64_t offset = ((block.row.batch_index * params.num_heads + head) * params.tokens.q_len + i) * head_dim;
-      const float factor = state.sum[r] == 0.0f ? 0.0f : 1.0f / state.sum[r];
-      kernels.store_row(state.weighted + r * head_dim, head_dim, params.cache.format, factor,
-                        out + offset * element_size(params.cache.format));
     }
   }
 };
@@ -321,7 +300,7 @@ void attention(const AttentionParams& params, ParallelFor parallel_for) {
     if (block.row.compensate) {
       worker.attend_dropped(block.dropped_sums < 0 ? nullptr : sums.data() + block.dropped_sums * 2 * head_dim);
     }
-    worker.store();
+    store(worker.state, params, block.row, block.begin, block.end);
   });
 }
 

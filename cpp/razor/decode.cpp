@@ -6,11 +6,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "razor/cpu/kernels.h"
+#include "razor/floats.h"
 #include "razor/softmax_state.h"
 
 namespace razor {
@@ -61,32 +60,6 @@ WorkList cut(const AttentionParams& params) {
     work.parts.push_back(part);
   }
   return work;
-}
-
-// Floats at a multiple of 64 bytes, not initialised.
-class Floats {
- public:
-  explicit Floats(int64_t count)
-      : data_(static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t{64}))) {}
-  [[nodiscard]] float* get() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
-  };
-  std::unique_ptr<float, Free> data_;
-};
-
-void store(const AttentionParams& params, const Part& part, const SoftmaxState& state) {
-  const CacheRow& row = part.row;
-  const int64_t head_dim = params.cache.head_dim, group = params.num_heads / params.cache.num_kv_heads;
-  for (int64_t r = 0; r < (params.tokens.q_len - row.pad) * group; ++r) {
-    const int64_t head = row.head * group + r % group, i = row.pad + r / group;
-    const int64_t offset = ((row.batch_index * params.num_heads + head) * params.tokens.q_len + i) * head_dim;
-    const float factor = state.sum[r] == 0.0f ? 0.0f : 1.0f / state.sum[r];
-    cpu::kernels().store_row(state.weighted + r * head_dim, head_dim, params.cache.format, factor,
-                             static_cast<char*>(params.out) + offset * element_size(params.cache.format));
-  }
 }
 
 // What one thread needs for any item.
@@ -168,25 +141,20 @@ class Worker {
   // The compensation row: for each query token its own mean, one column.
   void attend_dropped() {
     const CacheRow& row = part_->row;
-    float* key_sum = floats_.get() + cpu::decode_scratch(rows_, head_dim_);
-    float *value_sum = key_sum + head_dim_, *key_mean = value_sum + head_dim_, *value_mean = key_mean + head_dim_;
-    int64_t summed = std::max(row.sink, row.seen - row.window);  // the sums hold tokens [sink, summed)
-    std::copy_n(params_.cache.key_sum + row.table_row * head_dim_, head_dim_, key_sum);
-    std::copy_n(params_.cache.value_sum + row.table_row * head_dim_, head_dim_, value_sum);
+    const DroppedMeans means(floats_.get() + cpu::decode_scratch(rows_, head_dim_), head_dim_);
+    int64_t summed = means.start(params_.cache, row);
     int64_t *first = bounds_.data(), *last = first + group_;
     std::fill_n(first, group_, 0);
     std::fill_n(last, group_, 1);
-    const cpu::DecodeRun mean = {
-        .key = key_mean, .value = value_mean, .key_stride = head_dim_, .value_stride = head_dim_, .count = 1};
+    const cpu::DecodeRun mean = {.key = means.key_mean,
+                                 .value = means.value_mean,
+                                 .key_stride = head_dim_,
+                                 .value_stride = head_dim_,
+                                 .count = 1};
     for (int64_t i = 0; i < params_.tokens.q_len - row.pad; ++i) {
-      // A window of 0 drops the query's own token too.
       const int64_t oldest = oldest_kept(row, row.seen + i, params_.dense);
-      add_tokens(params_.cache, params_.tokens, row, summed, oldest, key_sum, value_sum);
-      summed = std::max(summed, oldest);
-      const int64_t dropped = summed - row.sink;
+      const int64_t dropped = means.move(params_.cache, params_.tokens, row, oldest, summed);
       if (dropped == 0) continue;
-      kernels_.load_row(key_sum, head_dim_, KvFormat::kF32, 1.0f / static_cast<float>(dropped), key_mean);
-      kernels_.load_row(value_sum, head_dim_, KvFormat::kF32, 1.0f / static_cast<float>(dropped), value_mean);
       cpu::DecodeTask t = task(i * group_, group_);
       t.first = first, t.last = last;
       t.runs = &mean, t.num_runs = 1;
@@ -222,7 +190,7 @@ void decode(const AttentionParams& params, ParallelFor parallel_for) {
       [&](int64_t i, Worker& worker) {
         const Part& part = work.parts[work.items[i].part];
         worker.attend(part, work.items[i], state(i));
-        if (part.num_items == 1) store(params, part, state(i));
+        if (part.num_items == 1) store(state(i), params, part.row, part.row.pad, params.tokens.q_len);
       });
   if (num_items == static_cast<int64_t>(work.parts.size())) return;
 
@@ -231,7 +199,7 @@ void decode(const AttentionParams& params, ParallelFor parallel_for) {
     if (part.num_items == 1) return;
     const SoftmaxState total = state(part.first_item);
     for (int64_t i = 1; i < part.num_items; ++i) merge(state(part.first_item + i), rows, head_dim, total);
-    store(params, part, total);
+    store(total, params, part.row, part.row.pad, params.tokens.q_len);
   });
 }
 

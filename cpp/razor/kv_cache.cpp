@@ -104,6 +104,24 @@ void add_tokens(const KvCacheView& cache, const NewTokens& tokens, const CacheRo
   }
 }
 
+int64_t DroppedMeans::start(const KvCacheView& cache, const CacheRow& row) const {
+  std::copy_n(cache.key_sum + row.table_row * head_dim, head_dim, key_sum);
+  std::copy_n(cache.value_sum + row.table_row * head_dim, head_dim, value_sum);
+  return std::max(row.sink, row.seen - row.window);
+}
+
+int64_t DroppedMeans::move(const KvCacheView& cache, const NewTokens& tokens, const CacheRow& row, int64_t oldest,
+                           int64_t& summed) const {
+  add_tokens(cache, tokens, row, summed, oldest, key_sum, value_sum);
+  summed = std::max(summed, oldest);
+  const int64_t dropped = summed - row.sink;
+  if (dropped == 0) return 0;
+  const auto& kernels = cpu::kernels();
+  kernels.load_row(key_sum, head_dim, KvFormat::kF32, 1.0f / static_cast<float>(dropped), key_mean);
+  kernels.load_row(value_sum, head_dim, KvFormat::kF32, 1.0f / static_cast<float>(dropped), value_mean);
+  return dropped;
+}
+
 void check_cache(const KvCacheView& cache, const NewTokens& tokens, bool with_new_tokens) {
   for (int64_t h = 0; h < cache.num_kv_heads; ++h) {
     RAZOR_CHECK(cache.sink_size[h] >= 0, "sink_size: expected values >= 0, got ", cache.sink_size[h], " for kv head ",

@@ -74,6 +74,25 @@ struct Run {
 void add_tokens(const KvCacheView& cache, const NewTokens& tokens, const CacheRow& row, int64_t begin, int64_t end,
                 float* key_sum, float* value_sum);
 
+// Sums of the tokens that a row's queries drop, and their means, as the window moves on over its queries.
+struct DroppedMeans {
+  float *key_sum, *value_sum, *key_mean, *value_mean;  // [head_dim]
+  int64_t head_dim;
+
+  DroppedMeans(float* memory, int64_t head_dim)  // memory: [4, head_dim]
+      : key_sum(memory),
+        value_sum(memory + head_dim),
+        key_mean(memory + 2 * head_dim),
+        value_mean(memory + 3 * head_dim),
+        head_dim(head_dim) {}
+  // Takes the cache's sums, and returns the position up to which they hold tokens from the sinks on.
+  int64_t start(const KvCacheView& cache, const CacheRow& row) const;
+  // Adds the tokens from `summed` up to `oldest`, moves `summed` there and returns how many are dropped; means if any.
+  // A window of 0 drops the query's own token too.
+  int64_t move(const KvCacheView& cache, const NewTokens& tokens, const CacheRow& row, int64_t oldest,
+               int64_t& summed) const;
+};
+
 // Checks values that only memory can tell: sizes, seen, pad, and that the page table holds valid ids for every row as
 // it is stored, or as it will be once the new tokens are. Shapes are the bindings' business.
 void check_cache(const KvCacheView& cache, const NewTokens& tokens, bool with_new_tokens);

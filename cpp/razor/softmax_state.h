@@ -7,6 +7,9 @@
 #include <cstdint>
 #include <limits>
 
+#include "razor/attention.h"
+#include "razor/cpu/kernels.h"
+
 namespace razor {
 
 // Of `rows` queries: maximum[rows], sum[rows], weighted[rows, head_dim]; in memory that others own.
@@ -37,6 +40,20 @@ inline void merge(const SoftmaxState& from, int64_t rows, int64_t head_dim, cons
       float& x = into.weighted[r * head_dim + d];
       x = mine * x + theirs * from.weighted[r * head_dim + d];
     }
+  }
+}
+
+// The outputs of queries [begin, end) of a page-table row, whose states have taken in all of their tokens.
+inline void store(const SoftmaxState& state, const AttentionParams& params, const CacheRow& row, int64_t begin,
+                  int64_t end) {
+  const int64_t head_dim = params.cache.head_dim, group = params.num_heads / params.cache.num_kv_heads;
+  char* out = static_cast<char*>(params.out);
+  for (int64_t r = 0; r < (end - begin) * group; ++r) {
+    const int64_t head = row.head * group + r % group, i = begin + r / group;
+    const int64_t offset = ((row.batch_index * params.num_heads + head) * params.tokens.q_len + i) * head_dim;
+    const float factor = state.sum[r] == 0.0f ? 0.0f : 1.0f / state.sum[r];
+    cpu::kernels().store_row(state.weighted + r * head_dim, head_dim, params.cache.format, factor,
+                             out + offset * element_size(params.cache.format));
   }
 }
 

@@ -5,29 +5,32 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "razor/cpu/kernels.h"
+#include "razor/floats.h"
 
 namespace razor {
 
 struct TiledScratch {
   std::vector<const void*> keys, values;  // [columns] addresses of rows
-  std::unique_ptr<float[]> memory;
+  Floats memory;
   float* packed;  // [block_scratch(head_dim)] at a multiple of 64 bytes
   float* query;   // bf16 [rows, head_dim], both rounded up to block_multiple, columns by zeros
   int64_t head_dim;
 
-  TiledScratch(int64_t rows, int64_t head_dim, int64_t columns) : keys(columns), values(columns), head_dim(head_dim) {
-    constexpr int64_t kLine = 64;  // bytes
-    const int64_t query_floats = cpu::block_multiple(rows) * cpu::block_multiple(head_dim) / 2;
-    const int64_t floats = cpu::block_scratch(head_dim) + query_floats;
-    memory = std::make_unique_for_overwrite<float[]>(floats + kLine / sizeof(float));
-    const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory.get()) % kLine);
-    packed = memory.get() + (kLine - past) % kLine / static_cast<int64_t>(sizeof(float));
-    query = packed + cpu::block_scratch(head_dim);
-    std::fill_n(query, query_floats, 0.0f);
+  TiledScratch(int64_t rows, int64_t head_dim, int64_t columns)
+      : keys(columns),
+        values(columns),
+        memory(cpu::block_scratch(head_dim) + query_floats(rows, head_dim)),
+        packed(memory.get()),
+        query(packed + cpu::block_scratch(head_dim)),
+        head_dim(head_dim) {
+    std::fill_n(query, query_floats(rows, head_dim), 0.0f);
+  }
+
+  static int64_t query_floats(int64_t rows, int64_t head_dim) {
+    return cpu::block_multiple(rows) * cpu::block_multiple(head_dim) / 2;
   }
 
   void load_query(int64_t row, const void* source) {

@@ -41,7 +41,7 @@ def alibi_slopes(num_heads: int) -> Tensor:
     """Slopes of the original ALiBi paper, as BLOOM and Baichuan use them.
 
     A power of two: `2 ** (-8 (i + 1) / n)`. Otherwise the slopes of the power of two below, then every other slope of
-    the one above. Models that scale or order their slopes differently: Falcon, MPT.
+    the one above. MPT in transformers comes to the same; Falcon scales them.
 
     Args:
         num_heads: query heads.
@@ -75,7 +75,7 @@ def alibi_windows(
     Layers are read one at a time: an iterator over a checkpoint never has more than one of them in memory.
 
     Args:
-        weights: (rows, num_heads, cols) each, f32 | bf16 | f16, contracted over the last axis: (query, key) of every
+        weights: (rows, num_heads, cols) each, floats of any dtype, contracted over the last axis: (query, key) of every
             layer, or AlibiWeights with the norm that `theorem` asks for. The heads of a Linear weight
             (out, in) are `weight.view(num_heads, head_dim, in).permute(2, 0, 1)`; msmodelslim's view of it, which
             slices the input columns instead, is `weight.view(out, num_heads, -1)`.

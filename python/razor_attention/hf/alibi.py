@@ -91,21 +91,15 @@ def model_slopes(config: Any) -> Tensor | None:
         ValueError: config: expected n_head or num_attention_heads, got none
     """
     row = alibi_architecture(config)
-    if row is None:
-        return None
-    return row.scale_slopes(config, alibi_slopes(num_heads_of(config, row)))
+    return None if row is None else slopes_of(config, row)
 
 
-def num_heads_of(config: Any, row: AlibiArchitecture) -> int:
-    """Query heads.
-
-    Raises:
-        ValueError: config: expected n_head or num_attention_heads, got none
-    """
+def slopes_of(config: Any, row: AlibiArchitecture) -> Tensor:
+    """Slopes of a model of this architecture, as `model_slopes` gives them."""
     found = [getattr(config, name) for name in row.num_heads if getattr(config, name, None) is not None]
     if not found or not isinstance(found[0], int):
         raise ValueError(f"config: expected {' or '.join(row.num_heads)}, got {found[0] if found else 'none'}")
-    return found[0]
+    return row.scale_slopes(config, alibi_slopes(found[0]))
 
 
 def guess_architecture(config: Any, names: Iterable[str], *, alibi: bool) -> AlibiArchitecture:

@@ -15,8 +15,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..alibi import RULES, alibi_slopes, alibi_windows, smallest_windows
-from .alibi import alibi_architecture, guess_architecture, num_heads_of
+from ..alibi import RULES, alibi_windows, smallest_windows
+from .alibi import alibi_architecture, guess_architecture, slopes_of
 from .checkpoint import Reader, open_weights, read_config
 from .mass import dropped_mass
 from .projections import Projections
@@ -86,7 +86,7 @@ def find_windows(
         raise TypeError(f"model: expected a module or a path, got {type(model_or_path).__name__}")
     row = alibi_architecture(config) or guess_architecture(config, names, alibi=slopes is not None)
     if slopes is None:
-        slopes = row.scale_slopes(config, alibi_slopes(num_heads_of(config, row)))
+        slopes = slopes_of(config, row)
     layers = Projections(config, row, len(slopes), readers, compatible=method == "msmodelslim")
     with tqdm(layers, total=len(layers), desc="find_windows", unit="layer", disable=not progress) as bar:
         return alibi_windows(bar, slopes, theta=theta, alpha=alpha, method=method, per_layer=per_layer)
