@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <memory>
 #include <vector>
 
 #include "razor/cpu/kernels.h"
@@ -62,7 +64,17 @@ WorkList cut(const AttentionParams& params) {
   return work;
 }
 
-// What one thread needs for any item.
+// What one thread needs for any item; kept between calls, since a short one takes less time than allocating it.
+float* scratch(int64_t floats) {
+  static thread_local std::unique_ptr<Floats> kept;
+  static thread_local int64_t size = 0;
+  if (size < floats) {
+    kept = std::make_unique<Floats>(floats);
+    size = floats;
+  }
+  return kept->get();
+}
+
 class Worker {
  public:
   explicit Worker(const AttentionParams& params)
@@ -70,107 +82,126 @@ class Worker {
         head_dim_(params.cache.head_dim),
         group_(params.num_heads / params.cache.num_kv_heads),
         rows_(params.tokens.q_len * group_),
-        floats_(cpu::decode_scratch(rows_, head_dim_) + 4 * head_dim_ + rows_),
+        kernel_scratch_(scratch(cpu::decode_scratch(rows_, head_dim_) + 5 * head_dim_ + rows_ +
+                                SoftmaxState::floats(rows_, head_dim_))),
+        means_(kernel_scratch_ + cpu::decode_scratch(rows_, head_dim_)),
+        query_(means_ + 4 * head_dim_),
+        slope_(query_ + head_dim_),
         bounds_(2 * rows_) {}
+
+  // Memory for the state of an item that is the only one of its part.
+  [[nodiscard]] SoftmaxState own_state() const { return {slope_ + rows_, rows_}; }
 
   void attend(const Part& part, const Item& item, const SoftmaxState& state) {
     part_ = &part;
     state_ = state;
     state.clear(rows(), head_dim_);
-    attend_tokens(std::min(item.begin, part.sink_end), std::min(item.end, part.sink_end));
+    task_ = task();
+    // A single query sees all of them: one call of the kernel takes sinks and window.
+    const bool alone = rows() == group_;
+    see(/*sinks=*/true);
+    add_runs(std::min(item.begin, part.sink_end), std::min(item.end, part.sink_end));
+    if (!alone) {
+      attend_runs();
+      see(/*sinks=*/false);
+    }
     const int64_t shift = part.window_begin - part.sink_end;
-    attend_tokens(std::max(item.begin, part.sink_end) + shift, std::max(item.end, part.sink_end) + shift);
+    add_runs(std::max(item.begin, part.sink_end) + shift, std::max(item.end, part.sink_end) + shift);
+    attend_runs();
     if (part.row.compensate && item.end == part.visible()) attend_dropped();
   }
 
  private:
   [[nodiscard]] int64_t rows() const { return (params_.tokens.q_len - part_->row.pad) * group_; }
 
-  // Rows [first_row, first_row + rows) of the part; runs and visible tokens are still missing.
-  [[nodiscard]] cpu::DecodeTask task(int64_t first_row, int64_t rows) const {
-    const CacheRow& row = part_->row;
+  // Row r of the part: query token r / group, head r % group.
+  [[nodiscard]] const char* query_row(int64_t r) const {
     const auto& stride = params_.query_stride;
+    const CacheRow& row = part_->row;
     const int64_t offset =
-        row.batch_index * stride[0] + row.head * group_ * stride[1] + (row.pad + first_row / group_) * stride[2];
-    return {.query = static_cast<const char*>(params_.query) + offset * element_size(params_.cache.format),
-            .maximum = state_.maximum + first_row,
-            .sum = state_.sum + first_row,
-            .weighted = state_.weighted + first_row * head_dim_,
-            .scratch = floats_.get(),
-            .query_stride = {stride[2], stride[1]},
-            .rows = rows,
+        row.batch_index * stride[0] + (row.head * group_ + r % group_) * stride[1] + (row.pad + r / group_) * stride[2];
+    return static_cast<const char*>(params_.query) + offset * element_size(params_.cache.format);
+  }
+
+  // All rows of the part, no runs yet.
+  [[nodiscard]] cpu::DecodeTask task() {
+    return {.query = query_row(0),
+            .runs = runs_,
+            .first = bounds_.data(),
+            .last = bounds_.data() + rows(),
+            .slope = params_.alibi_slopes ? slope_ : nullptr,
+            .maximum = state_.maximum,
+            .sum = state_.sum,
+            .weighted = state_.weighted,
+            .scratch = kernel_scratch_,
+            .query_stride = {params_.query_stride[2], params_.query_stride[1]},
+            .rows = rows(),
             .group = group_,
             .head_dim = head_dim_,
-            .query_format = params_.cache.format,
             .format = params_.cache.format,
             .scale = params_.scale};
   }
 
-  // Tokens [begin, end), all sinks or all beyond the sinks.
-  void attend_tokens(int64_t begin, int64_t end) {
-    if (begin >= end) return;
+  // Which tokens each row sees, of the sinks or of those beyond.
+  void see(bool sinks) {
     const CacheRow& row = part_->row;
-    cpu::DecodeTask t = task(0, rows());
-    int64_t *first = bounds_.data(), *last = first + t.rows;
-    float* slope = floats_.get() + cpu::decode_scratch(rows_, head_dim_) + 4 * head_dim_;
-    for (int64_t r = 0; r < t.rows; ++r) {
+    int64_t *first = bounds_.data(), *last = first + rows();
+    for (int64_t r = 0; r < rows(); ++r) {
       const int64_t position = row.seen + r / group_;
-      first[r] = end <= row.sink ? 0 : oldest_kept(row, position, params_.dense) - begin;
-      last[r] = position + 1 - begin;
-      if (params_.alibi_slopes) slope[r] = params_.alibi_slopes[row.head * group_ + r % group_];
-    }
-    t.first = first, t.last = last;
-    t.slope = params_.alibi_slopes ? slope : nullptr;
-    cpu::DecodeRun runs[kMostRuns];
-    t.runs = runs;
-    for (int64_t position = begin; position < end;) {
-      const Run run = next_run(params_.cache, params_.tokens, row, position, end, cpu::kTileColumns);
-      runs[t.num_runs++] = {.key = run.key,
-                            .value = run.value,
-                            .key_stride = run.key_stride,
-                            .value_stride = run.value_stride,
-                            .count = run.count,
-                            .begin = position - begin};
-      position += run.count;
-      if (t.num_runs < kMostRuns && position < end) continue;
-      kernels_.decode_runs(t);
-      t.num_runs = 0;
+      first[r] = sinks ? 0 : oldest_kept(row, position, params_.dense);
+      last[r] = position + 1;
+      if (params_.alibi_slopes) slope_[r] = params_.alibi_slopes[row.head * group_ + r % group_];
     }
   }
 
-  // The compensation row: for each query token its own mean, one column.
+  void add_runs(int64_t begin, int64_t end) {
+    for (int64_t position = begin; position < end;) {
+      if (task_.num_runs == kMostRuns) attend_runs();
+      const Run run = next_run(params_.cache, params_.tokens, part_->row, position, end, cpu::kTileColumns);
+      runs_[task_.num_runs++] = {.key = run.key,
+                                 .value = run.value,
+                                 .key_stride = run.key_stride,
+                                 .value_stride = run.value_stride,
+                                 .count = run.count,
+                                 .begin = position};
+      position += run.count;
+    }
+  }
+
+  void attend_runs() {
+    if (task_.num_runs > 0) kernels_.decode_runs(task_);
+    task_.num_runs = 0;
+  }
+
+  // The compensation row: for each query token its own mean, merged like a state of one token.
   void attend_dropped() {
     const CacheRow& row = part_->row;
-    const DroppedMeans means(floats_.get() + cpu::decode_scratch(rows_, head_dim_), head_dim_);
+    const DroppedMeans means(means_, head_dim_);
     int64_t summed = means.start(params_.cache, row);
-    int64_t *first = bounds_.data(), *last = first + group_;
-    std::fill_n(first, group_, 0);
-    std::fill_n(last, group_, 1);
-    const cpu::DecodeRun mean = {.key = means.key_mean,
-                                 .value = means.value_mean,
-                                 .key_stride = head_dim_,
-                                 .value_stride = head_dim_,
-                                 .count = 1};
     for (int64_t i = 0; i < params_.tokens.q_len - row.pad; ++i) {
       const int64_t oldest = oldest_kept(row, row.seen + i, params_.dense);
       const int64_t dropped = means.move(params_.cache, params_.tokens, row, oldest, summed);
       if (dropped == 0) continue;
-      cpu::DecodeTask t = task(i * group_, group_);
-      t.first = first, t.last = last;
-      t.runs = &mean, t.num_runs = 1;
-      t.format = KvFormat::kF32;
-      t.bias = std::log(static_cast<float>(dropped));
-      kernels_.decode_runs(t);
+      const float weight = std::log(static_cast<float>(dropped));
+      for (int64_t r = i * group_; r < (i + 1) * group_; ++r) {
+        kernels_.load_row(query_row(r), head_dim_, params_.cache.format, params_.scale, query_);
+        float logit = kernels_.dot(query_, means.key_mean, head_dim_, KvFormat::kF32) + weight, one = 1.0f;
+        if (logit == -std::numeric_limits<float>::infinity()) continue;  // no weight
+        merge(SoftmaxState(&logit, &one, means.value_mean), 1, head_dim_, state_.from_row(r, head_dim_));
+      }
     }
   }
 
   const AttentionParams& params_;
   const cpu::Kernels& kernels_ = cpu::kernels();
   int64_t head_dim_, group_, rows_;  // rows of the part with the least padding
-  Floats floats_;                    // kernel's scratch, key sum, value sum, mean key, mean value, slopes
-  std::vector<int64_t> bounds_;      // first[rows], last[rows]
+  float* kernel_scratch_;
+  float *means_, *query_, *slope_;  // [4, head_dim], [head_dim], [rows]
+  std::vector<int64_t> bounds_;     // first[rows], last[rows]
+  cpu::DecodeRun runs_[kMostRuns];
   const Part* part_ = nullptr;
   SoftmaxState state_{nullptr, 0};
+  cpu::DecodeTask task_{};
 };
 
 }  // namespace
@@ -181,7 +212,8 @@ void decode(const AttentionParams& params, ParallelFor parallel_for) {
   const int64_t rows = params.tokens.q_len * (params.num_heads / params.cache.num_kv_heads);
   const int64_t state_floats = SoftmaxState::floats(rows, head_dim);
   const auto num_items = static_cast<int64_t>(work.items.size());
-  const Floats states(num_items * state_floats);
+  const bool in_parts = num_items > static_cast<int64_t>(work.parts.size());
+  const Floats states(in_parts ? num_items * state_floats : 0);
   const auto state = [&](int64_t item) { return SoftmaxState(states.get() + item * state_floats, rows); };
   if (work.tokens * 2 * head_dim * element_size(params.cache.format) < kSerialBytes) parallel_for = serial_for;
 
@@ -189,10 +221,11 @@ void decode(const AttentionParams& params, ParallelFor parallel_for) {
       parallel_for, num_items, [&] { return Worker(params); },
       [&](int64_t i, Worker& worker) {
         const Part& part = work.parts[work.items[i].part];
-        worker.attend(part, work.items[i], state(i));
-        if (part.num_items == 1) store(state(i), params, part.row, part.row.pad, params.tokens.q_len);
+        if (part.num_items > 1) return worker.attend(part, work.items[i], state(i));
+        worker.attend(part, work.items[i], worker.own_state());
+        store(worker.own_state(), params, part.row, part.row.pad, params.tokens.q_len);
       });
-  if (num_items == static_cast<int64_t>(work.parts.size())) return;
+  if (!in_parts) return;
 
   for_each_item(parallel_for, static_cast<int64_t>(work.parts.size()), [&](int64_t p) {
     const Part& part = work.parts[p];

@@ -19,7 +19,11 @@ struct SoftmaxState {
   float* weighted;
 
   static int64_t floats(int64_t rows, int64_t head_dim) { return rows * (head_dim + 2); }
-  SoftmaxState(float* memory, int64_t rows) : maximum(memory), sum(memory + rows), weighted(memory + 2 * rows) {}
+  SoftmaxState(float* maximum, float* sum, float* weighted) : maximum(maximum), sum(sum), weighted(weighted) {}
+  SoftmaxState(float* memory, int64_t rows) : SoftmaxState(memory, memory + rows, memory + 2 * rows) {}
+  [[nodiscard]] SoftmaxState from_row(int64_t row, int64_t head_dim) const {
+    return {maximum + row, sum + row, weighted + row * head_dim};
+  }
   void clear(int64_t rows, int64_t head_dim) const {
     std::fill_n(maximum, rows, -std::numeric_limits<float>::infinity());
     std::fill_n(sum, rows, 0.0f);

@@ -112,17 +112,6 @@ inline void scale_queries(const DecodeTask& task, float* out) {
   }
 }
 
-inline void load_queries(const DecodeTask& task, float* out) {
-  switch (task.query_format) {
-    case KvFormat::kF32:
-      return scale_queries<float>(task, out);
-    case KvFormat::kBF16:
-      return scale_queries<BFloat16>(task, out);
-    case KvFormat::kF16:
-      return scale_queries<Float16>(task, out);
-  }
-}
-
 inline int32_t column_of(int64_t token, const DecodeRun& run) {
   const int64_t column = token - run.begin;
   return static_cast<int32_t>(column < 0 ? 0 : column > run.count ? run.count : column);
@@ -137,14 +126,14 @@ inline void typed_decode(const DecodeTask& task) {
   float* slope = bias + rows;
   auto* first = reinterpret_cast<int32_t*>(slope + rows);
   int32_t* last = first + rows;
-  load_queries(task, query);
+  scale_queries<T>(task, query);
   for (int64_t i = 0; i < task.num_runs; ++i) {
     const DecodeRun& run = task.runs[i];
     for (int64_t r = 0; r < rows; ++r) {
       first[r] = column_of(task.first[r], run);
       last[r] = column_of(task.last[r], run);
       slope[r] = task.slope == nullptr ? 0.0f : task.slope[r];
-      bias[r] = task.bias - slope[r] * static_cast<float>(task.last[r] - 1 - run.begin);
+      bias[r] = -slope[r] * static_cast<float>(task.last[r] - 1 - run.begin);
     }
     const AttentionTile tile = {.query = query,
                                 .key = run.key,

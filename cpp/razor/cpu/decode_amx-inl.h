@@ -148,14 +148,14 @@ inline __m512 tile_softmax(const DecodeTask& task, const DecodeRun& run, int64_t
   }
   alignas(64) float offsets[Vec::kLanes];
   for (int i = 0; i < Vec::kLanes; ++i) offsets[i] = static_cast<float>(i / kRows);
-  const __m512 offset = _mm512_load_ps(offsets), scale = _mm512_set1_ps(task.scale), bias = _mm512_set1_ps(task.bias);
+  const __m512 offset = _mm512_load_ps(offsets), scale = _mm512_set1_ps(task.scale);
   const __m512 from = spread<kRows>(first, kRows, 0.0f), to = spread<kRows>(last, kRows, 0.0f);
   const __m512 far = spread<kRows>(distance, kRows, 0.0f), slopes = spread<kRows>(slope, kRows, 0.0f);
   const __m512 nothing = _mm512_set1_ps(kMinusInfinity);
 
   __m512 largest = nothing;
   for (int64_t c = 0; c < padded; c += kKeys) {
-    __m512 x = _mm512_fmadd_ps(_mm512_load_ps(logits + c * kRows), scale, bias);
+    __m512 x = _mm512_mul_ps(_mm512_load_ps(logits + c * kRows), scale);
     if (masked || task.slope != nullptr) {
       const __m512 column = _mm512_add_ps(offset, _mm512_set1_ps(static_cast<float>(c)));
       if (task.slope != nullptr) x = _mm512_fnmadd_ps(slopes, _mm512_sub_ps(far, column), x);
@@ -325,8 +325,7 @@ inline void decode_tiles(const DecodeTask& task) {
 }
 
 void decode_runs_amx(const DecodeTask& task) {
-  const bool fits =
-      task.format == KvFormat::kBF16 && task.query_format == KvFormat::kBF16 && task.head_dim % kLineElements == 0;
+  const bool fits = task.format == KvFormat::kBF16 && task.head_dim % kLineElements == 0;
   const auto in_tiles = [&](int64_t i) { return fits && task.runs[i].count * task.rows >= kLeastTileWork; };
   DecodeTask part = task;
   for (int64_t i = 0; i < task.num_runs; i += part.num_runs) {

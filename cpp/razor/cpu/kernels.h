@@ -39,11 +39,11 @@ struct DecodeRun {
 };
 
 // A few query rows against runs of keys. Row r = i * group + g is query token i on head g;
-//     logit[r][token] = scale * query_r . key + bias - slope[r] * (last[r] - 1 - token)
+//     logit[r][token] = scale * query_r . key - slope[r] * (last[r] - 1 - token)
 // for the visible tokens first[r] <= token < last[r], counted from the base; the softmax state of each row takes them
 // in. While one run is worked on, the next one is fetched.
 struct DecodeTask {
-  const void* query;        // [rows / group, group, head_dim] of query_format
+  const void* query;        // [rows / group, group, head_dim] of format
   const DecodeRun* runs;    // [num_runs]
   const int64_t* first;     // [rows]
   const int64_t* last;      // [rows]; the query's own token comes before it
@@ -54,8 +54,8 @@ struct DecodeTask {
   float* scratch;           // [decode_scratch(rows, head_dim)], at a multiple of 64 bytes
   int64_t query_stride[2];  // elements: token, head
   int64_t num_runs, rows, group, head_dim;
-  KvFormat query_format, format;
-  float scale, bias;
+  KvFormat format;
+  float scale;
 };
 
 // Elements of scratch that are enough for every kernel: queries and logits, and with tiles a copy of a run as well.
