@@ -58,11 +58,15 @@ class RazorLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             scale: factor on q.k.
         """
         assert self.cache is not None  # RazorCache.update has created it
-        seen = self.cache.seen
-        pad, past = (None, torch.full_like(seen, self.columns)) if padding is None else padding.to(seen.device)
-        if not torch.equal(past, seen):
+        seen = self.cache.seen.tolist()
+        pad, past = (
+            (None, [self.columns] * len(seen))
+            if padding is None
+            else (padding[0].to(query.device), padding[1].tolist())
+        )
+        if past != seen:
             raise ValueError(
-                f"attention_mask: expected {seen.tolist()} earlier tokens like the cache, got {past.tolist()}; "
+                f"attention_mask: expected {seen} earlier tokens like the cache, got {past}; "
                 "what was padding or a token when it came stays so"
             )
         dense = self.dense and query.shape[2] > 1
