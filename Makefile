@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 PIP   := $(VENV)/bin/python -m pip install -q --disable-pip-version-check
 RUN   := $(VENV)/bin/python -m
 SRCS  := pyproject.toml CMakeLists.txt $(shell find cpp third_party python bench -type f -not -name '*.pyc' -not -path 'bench/results/*')
-CPP   := $(shell find cpp -name '*.h' -o -name '*.cpp')
+CPP   := $(shell find cpp tests/native -name '*.h' -o -name '*.cpp')
 .PHONY: demo test lint format bench plot
 
 demo: $(VENV)/.installed

@@ -154,7 +154,7 @@ for where in ("query", "key", "overflow"):
 """
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("isa", ["scalar", "neon", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_nan_stays_nan(isa: str) -> None:
     run = subprocess.run(
         [sys.executable, "-c", NAN], env=os.environ | {"RAZOR_ISA": isa}, capture_output=True, text=True, check=False
@@ -186,7 +186,7 @@ cache = LayerCache([0], [FULL], [False], batch_size=1, head_dim=8, dtype=torch.f
 try:
     {call}
 except ValueError as error:
-    assert str(error) == "RAZOR_ISA: expected one of scalar, avx2, avx512, amx, got sse9", error
+    assert str(error) == "RAZOR_ISA: expected one of scalar, neon, avx2, avx512, avx512_bf16, amx, got sse9", error
     assert cache.seen.tolist() == [0]
 else:
     raise SystemExit("not refused")

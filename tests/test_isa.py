@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -22,9 +23,10 @@ from cases import ARITHMETIC, CASES, Case, assert_close, case_id, to_numpy
 from razor_attention import reference
 
 ROOT = Path(__file__).parent.parent
-NEEDS = {"scalar": set(), "avx2": {"avx2", "fma", "f16c"}}
+NEEDS = {"scalar": set(), "neon": {"asimd"}, "avx2": {"avx2", "fma", "f16c"}}  # in /proc/cpuinfo
 NEEDS["avx512"] = NEEDS["avx2"] | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
-NEEDS["amx"] = NEEDS["avx512"] | {"avx512_bf16", "amx_tile", "amx_bf16"}
+NEEDS["avx512_bf16"] = NEEDS["avx512"] | {"avx512_bf16"}
+NEEDS["amx"] = NEEDS["avx512_bf16"] | {"amx_tile", "amx_bf16"}
 ISAS = list(NEEDS)
 SMALL_CASES = [case for case in CASES if sum(call.q_len for call in case.calls) < 1000]
 WINDOWS = [(37, 50, 33, "float32"), (128, 31, 64, "bfloat16"), (5, 70, 7, "float16")]  # q_rows, k_rows, cols, dtype
@@ -75,7 +77,8 @@ def window_inputs(
 def present() -> list[str]:
     if not Path("/proc/cpuinfo").exists():
         return ["scalar"]
-    flags = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("flags")), "").split()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = next((x for x in lines if x.startswith(("flags", "Features"))), "").split()
     return [isa for isa, needs in NEEDS.items() if needs <= set(flags)]
 
 
@@ -149,18 +152,19 @@ def test_the_same_bound_with_every_fma(number: int, results: dict[str, dict[str,
     """A product is one chain of fma; AMX only says where the largest cannot be."""
     q, k, slopes = window_inputs(*ROUNDED[number - len(WINDOWS)])
     bound = reference.alibi_windows(q, k, slopes, None, **WINDOW_NUMBERS)[1].numpy()
-    for isa, found in results.items():
+    for found in results.values():
         assert found[f"bound.{number}"] == pytest.approx(bound, rel=1e-5)
-        if isa not in ("scalar", "avx2"):
-            assert found[f"bound.{number}"].tobytes() == results["avx2"][f"bound.{number}"].tobytes(), isa
+    assert len({found[f"bound.{number}"].tobytes() for isa, found in results.items() if isa != "scalar"}) <= 1
 
 
 @pytest.mark.skipif(len(present()) < 2, reason="this CPU has one instruction set only")
 def test_they_are_different_code(results: dict[str, dict[str, np.ndarray]]) -> None:
     """Rounding differs somewhere between any two, in attention and in scores."""
     for a, b in combinations(results, 2):
-        tiles = (a, b) == ("avx512", "amx")  # they differ where bf16 queries meet keys
-        for part in ("bfloat16", "few queries", "scores") if tiles else ("prefill", "scores"):
+        parts = ["prefill", "scores"]
+        if a.startswith("avx512"):  # kernels of another kind only where bf16 queries meet keys
+            parts = ["few queries"] if b == "avx512_bf16" else ["bfloat16", "few queries", "scores"]
+        for part in parts:
             names = [name for name in results[a] if name.startswith(part)]
             assert any(not np.array_equal(results[a][name], results[b][name]) for name in names), (a, b, part)
 
@@ -169,11 +173,10 @@ def test_they_are_different_code(results: dict[str, dict[str, np.ndarray]]) -> N
 def test_a_wrong_name_is_refused(wrong: str) -> None:
     child = run_child("import razor_attention; print(razor_attention.isa())", wrong)
     assert child.returncode != 0
-    message = f"RAZOR_ISA: expected one of scalar, avx2, avx512, amx, got {wrong}"
+    message = f"RAZOR_ISA: expected one of scalar, neon, avx2, avx512, avx512_bf16, amx, got {wrong}"
     assert child.stderr.strip().splitlines()[-1] == f"ValueError: {message}"
 
 
-@pytest.mark.skipif(len(present()) == len(ISAS), reason="this CPU has every instruction set")
 def test_one_that_the_cpu_lacks_is_refused() -> None:
     lacking = next(isa for isa in ISAS if isa not in present())
     child = run_child("import razor_attention; print(razor_attention.isa())", lacking)
@@ -190,11 +193,11 @@ def test_an_empty_name_means_the_best() -> None:
 # What the linker sees.
 
 
-def symbols(library: Path, *options: str) -> list[tuple[str, str]]:
+def symbols(library: Path, *options: str, nm: str = "nm") -> list[tuple[str, str]]:
     """(type, demangled name) of every symbol."""
-    if shutil.which("nm") is None:
-        pytest.skip("nm is not installed")
-    listing = subprocess.run(["nm", "-C", *options, str(library)], capture_output=True, text=True, check=True).stdout
+    if shutil.which(nm) is None:
+        pytest.skip(f"{nm} is not installed")
+    listing = subprocess.run([nm, "-C", *options, str(library)], capture_output=True, text=True, check=True).stdout
     return [(m[1], m[2]) for m in re.finditer(r"^[0-9a-f ]{16} ([A-Za-z]) (.*)$", listing, re.MULTILINE)]
 
 
@@ -222,11 +225,50 @@ def test_kernels_share_no_code_across_instruction_sets(path: Path) -> None:
 
 @pytest.mark.skipif(not OBJECTS, reason="no build tree")
 @pytest.mark.parametrize("path", OBJECTS, ids=lambda p: f"{p.relative_to(ROOT).parts[1]}-{p.stem}")
-def test_only_amx_uses_tiles(path: Path) -> None:
+def test_products_of_bf16_are_used_where_they_exist(path: Path) -> None:
     if shutil.which("objdump") is None:
         pytest.skip("objdump is not installed")
     code = subprocess.run(["objdump", "-d", str(path)], capture_output=True, text=True, check=True).stdout
     assert ("tdpbf16ps" in code) == (path.name == "kernels_amx.cpp.o")
+    assert ("vdpbf16ps" in code) == (path.name in ("kernels_avx512_bf16.cpp.o", "kernels_amx.cpp.o"))
+
+
+# Another processor.
+
+KERNELS = {"add_rows", "attention_tile", "decode_runs", "dot", "largest_product", "load_row", "score_tile", "store_row"}
+CROSS, EMULATOR = "aarch64-linux-gnu-", "qemu-aarch64-static"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() == "aarch64", reason="neon is tested as it is")
+def test_neon_under_emulation(tmp_path: Path) -> None:
+    """Every kernel of neon against the scalar one, by a program built for aarch64."""
+    for tool in ("cmake", f"{CROSS}gcc", f"{CROSS}g++", f"{CROSS}nm", EMULATOR):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    options = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_SYSTEM_NAME": "Linux",
+        "CMAKE_SYSTEM_PROCESSOR": "aarch64",
+        "CMAKE_C_COMPILER": f"{CROSS}gcc",
+        "CMAKE_CXX_COMPILER": f"{CROSS}g++",
+        "CMAKE_EXE_LINKER_FLAGS": "-static",
+        "RAZOR_BINDINGS": "OFF",
+        "RAZOR_COMPARE_KERNELS": "ON",
+    }
+    configure = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), *(f"-D{key}={x}" for key, x in options.items())]
+    for command in (configure, ["cmake", "--build", str(tmp_path), "--target", "compare_kernels"]):
+        built = subprocess.run(command, capture_output=True, text=True)
+        assert built.returncode == 0, built.stdout + built.stderr
+    compared = subprocess.run([EMULATOR, str(tmp_path / "compare_kernels")], capture_output=True, text=True)
+    assert compared.returncode == 0, compared.stdout + compared.stderr
+    lines = [line.split() for line in compared.stdout.splitlines()]
+    assert [kernel for _, kernel, _ in lines] == sorted(KERNELS)
+    assert all(isa == "neon" and int(count) > 100 for isa, _, count in lines)
+    (kernels,) = tmp_path.rglob("kernels_neon.cpp.o")
+    assert [name for kind, name in symbols(kernels, nm=f"{CROSS}nm") if kind in "WwVvuTDBRGSC"] == [
+        "razor::cpu::kernels_neon"
+    ]
 
 
 def library(name: str) -> Path:

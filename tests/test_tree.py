@@ -37,7 +37,7 @@ def name(path: Path) -> str:
 PYTHON = files("python/**/*.py")
 BENCH = files("bench/*.py")
 CPP = files("cpp/**/*.h", "cpp/**/*.cpp")
-TESTS = files("tests/*.py")
+TESTS = files("tests/*.py", "tests/native/*.cpp")
 BUILD = files("CMakeLists.txt", "third_party/*.cmake", "pyproject.toml", "Makefile", ".ci/*")
 
 
@@ -338,6 +338,7 @@ UNDER_TEST = {
     "cpu/attention_amx-inl.h": ("test_isa.py", "amx"),
     "cpu/decode-inl.h": ("test_attention.py", "few_queries"),
     "cpu/decode_amx-inl.h": ("test_isa.py", "few queries"),
+    "cpu/decode_bf16-inl.h": ("test_isa.py", "avx512_bf16"),
     "cpu/isa.h": ("test_isa.py", "RAZOR_ISA"),
     "cpu/kernels.h": ("test_isa.py", "RAZOR_ISA"),
     "cpu/kv_rows-inl.h": ("test_kv_cache.py", "append"),
@@ -345,6 +346,7 @@ UNDER_TEST = {
     "cpu/products_amx-inl.h": ("test_isa.py", "amx"),
     "cpu/vec_avx2.h": ("test_isa.py", "avx2"),
     "cpu/vec_avx512.h": ("test_isa.py", "avx512"),
+    "cpu/vec_neon.h": ("test_isa.py", "test_neon_under_emulation"),
     "cpu/vec_scalar.h": ("test_isa.py", "scalar"),
     "decode.h": ("test_attention.py", "few_queries"),
     "floats.h": ("test_alibi_windows.py", "alibi_windows"),

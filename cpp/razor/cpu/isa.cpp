@@ -12,17 +12,20 @@
 namespace razor::cpu {
 namespace {
 
-constexpr Isa kAll[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAmx};  // ascending
+// Ascending on each processor.
+constexpr Isa kAll[] = {Isa::kScalar, Isa::kNeon, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx};
 
+#if defined(__x86_64__)
 // Linux lets a process use the tile registers once it has asked.
 bool may_use_tiles() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
 #endif
 }
+#endif
 
 bool has(Isa isa) {
 #if defined(__x86_64__)
@@ -30,16 +33,21 @@ bool has(Isa isa) {
   switch (isa) {
     case Isa::kScalar:
       return true;
+    case Isa::kNeon:
+      return false;
     case Isa::kAvx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     case Isa::kAvx512:
       return has(Isa::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    case Isa::kAvx512Bf16:
+      return has(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
     case Isa::kAmx:
-      return has(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-bf16") &&
-             may_use_tiles();
+      return has(Isa::kAvx512Bf16) && __builtin_cpu_supports("amx-bf16") && may_use_tiles();
   }
   return false;
+#elif defined(__aarch64__)
+  return isa == Isa::kScalar || isa == Isa::kNeon;  // every such CPU has NEON
 #else
   return isa == Isa::kScalar;
 #endif
@@ -78,10 +86,14 @@ const char* name(Isa isa) {
   switch (isa) {
     case Isa::kScalar:
       return "scalar";
+    case Isa::kNeon:
+      return "neon";
     case Isa::kAvx2:
       return "avx2";
     case Isa::kAvx512:
       return "avx512";
+    case Isa::kAvx512Bf16:
+      return "avx512_bf16";
     case Isa::kAmx:
       return "amx";
   }

@@ -6,7 +6,7 @@
 
 namespace razor::cpu {
 
-enum class Isa { kScalar, kAvx2, kAvx512, kAmx };
+enum class Isa { kScalar, kNeon, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 [[nodiscard]] const char* name(Isa isa);
 
@@ -16,6 +16,6 @@ enum class Isa { kScalar, kAvx2, kAvx512, kAmx };
 }  // namespace razor::cpu
 
 namespace razor {
-// Name of the instruction set in use: "scalar", "avx2", "avx512" or "amx".
+// Name of the instruction set in use: "scalar", "neon", "avx2", "avx512", "avx512_bf16" or "amx".
 [[nodiscard]] RAZOR_API const char* isa();
 }  // namespace razor

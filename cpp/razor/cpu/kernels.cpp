@@ -4,18 +4,33 @@
 #include "razor/cpu/isa.h"
 
 namespace razor::cpu {
+namespace {
+
+const Kernels& table(Isa isa) {
+  switch (isa) {
+#if defined(__x86_64__)
+    case Isa::kAvx2:
+      return kernels_avx2;
+    case Isa::kAvx512:
+      return kernels_avx512;
+    case Isa::kAvx512Bf16:
+      return kernels_avx512_bf16;
+    case Isa::kAmx:
+      return kernels_amx;
+#elif defined(__aarch64__)
+    case Isa::kNeon:
+      return kernels_neon;
+#endif
+    default:
+      return kernels_scalar;
+  }
+}
+
+}  // namespace
 
 const Kernels& kernels() {
-#if defined(__x86_64__)
-  static const Kernels& table = chosen_isa() == Isa::kAmx      ? kernels_amx
-                                : chosen_isa() == Isa::kAvx512 ? kernels_avx512
-                                : chosen_isa() == Isa::kAvx2   ? kernels_avx2
-                                                               : kernels_scalar;
-  return table;
-#else
-  (void)chosen_isa();  // refuses a wrong RAZOR_ISA here too
-  return kernels_scalar;
-#endif
+  static const Kernels& chosen = table(chosen_isa());
+  return chosen;
 }
 
 }  // namespace razor::cpu

@@ -122,8 +122,10 @@ struct Kernels {
 };
 
 extern const Kernels kernels_scalar;
+extern const Kernels kernels_neon;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_bf16;
 extern const Kernels kernels_amx;
 
 // The table of chosen_isa().

@@ -5,12 +5,13 @@
 // After Vec, which they are written against.
 #include "razor/cpu/attention-inl.h"
 #include "razor/cpu/decode-inl.h"
-#include "razor/cpu/decode_amx-inl.h"
+#include "razor/cpu/decode_bf16-inl.h"
 #include "razor/cpu/kv_rows-inl.h"
 #include "razor/cpu/products-inl.h"
 #include "razor/cpu/products_amx-inl.h"
-// After the tiles of products.
+// After the tiles of products and the softmax of decode_bf16-inl.h.
 #include "razor/cpu/attention_amx-inl.h"
+#include "razor/cpu/decode_amx-inl.h"
 
 namespace razor::cpu {
 const Kernels kernels_amx = {.attention_tile = avx512::attention_tile,

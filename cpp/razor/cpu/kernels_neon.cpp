@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+#define RAZOR_ISA_NAMESPACE neon
+#include "razor/cpu/vec_neon.h"
+// After Vec, which they are written against.
+#include "razor/cpu/attention-inl.h"
+#include "razor/cpu/decode-inl.h"
+#include "razor/cpu/kv_rows-inl.h"
+#include "razor/cpu/products-inl.h"
+
+namespace razor::cpu {
+const Kernels kernels_neon = {.attention_tile = neon::attention_tile,
+                              .score_tile = neon::score_tile,
+                              .decode_runs = neon::decode_runs,
+                              .add_rows = neon::add_rows,
+                              .load_row = neon::load_row,
+                              .store_row = neon::store_row,
+                              .dot = neon::dot,
+                              .largest_product = neon::largest_product};
+}  // namespace razor::cpu
