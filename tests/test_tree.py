@@ -136,7 +136,7 @@ def test_no_openmp(path: Path) -> None:
 
 # --- Python: who imports whom
 
-FRONT_DOORS = {"cli", "command", "duo", "ra_compression", "bench"}
+FRONT_DOORS = {"cli", "command", "duo", "export", "ra_compression", "bench"}
 RANK = {
     "reference": 0,
     "checks": 0,
@@ -148,7 +148,11 @@ RANK = {
     "__init__": 4,
     "cli": 6,
 }
-RANK |= dict.fromkeys(("files", "heads", "alibi", "plan", "cache"), 3) | dict.fromkeys(FRONT_DOORS - {"cli"}, 5)
+RANK |= (
+    {"atb": 4}
+    | dict.fromkeys(("files", "heads", "alibi", "plan", "cache"), 3)
+    | dict.fromkeys(FRONT_DOORS - {"cli"}, 5)
+)
 
 
 def room(path: str) -> str:
@@ -451,6 +455,8 @@ def test_include_check(path: str, line: str) -> None:
         ("hf/models.py", "from ..bench import harness"),
         ("hf/models.py", "import razor_attention.command"),
         ("__init__.py", "from . import cli"),
+        ("plan.py", "from . import export"),
+        ("cache.py", "from .atb import cache_tensors"),
         ("duo.py", "from . import ra_compression"),
     ],
 )

@@ -115,6 +115,12 @@ def _target(text: str) -> Path:  # checked before the work, not after it
     return Path(text)
 
 
+def _place(text: str) -> Path:
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file or folder in an existing folder, got {text!r}")
+    return Path(text)
+
+
 def _folder(text: str) -> Path:
     if Path(text).exists() and not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"expected a folder, got the file {text!r}")
@@ -193,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
 
     made = add("plan", command.plan, "make a plan", "--heads heads.pt --model my-model --out plan.json")
     group = made.add_mutually_exclusive_group(required=True)
-    group.add_argument("--heads", type=_source, help="retrieval heads, .pt or .json: these are full")
+    group.add_argument("--heads", type=_source, help="retrieval heads, .pt, .json or MindIE's .py: these are full")
     group.add_argument("--windows", type=_source, help="window of each head of an ALiBi model, .pt")
     group.add_argument("--gates", type=_source, help="DuoAttention's full_attention_heads.tsv: the highest are full")
     group.add_argument("--streaming", action="store_true", help="no head is full (StreamingLLM)")
@@ -217,6 +223,27 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--length", type=_integer(1), nargs="+", default=command.LENGTHS, help="tokens at which sizes are shown"
     )
+
+    made = add(
+        "export",
+        command.export,
+        "write a plan in the form of another runtime",
+        "plan.json --to atb --length 32768 --head-dim 128 --out atb.pt",
+    )
+    made.add_argument("plan", type=_source, metavar="PLAN", help="plan file")
+    text = "ATB's tensors, MindIE-LLM's head table, Golden Stick's heads or DuoAttention's folder"
+    made.add_argument("--to", choices=command.TARGETS, required=True, help=text)
+    made.add_argument("--out", type=_place, required=True, help="file to write: .pt, .py, .json; duo: a folder")
+    text = "prompt lengths, tokens; for golden-stick and duo one, where the plan has a length rule"
+    made.add_argument("--length", type=_integer(1), nargs="+", help=text)
+    made.add_argument("--model-type", metavar="NAME", help="mindie: of the model's config.json")
+    made.add_argument("--head-dim", type=_integer(1), help="atb: elements of a key")
+    made.add_argument("--scale", type=_number, help="atb: factor on q.k (default: head_dim ** -0.5)")
+    made.add_argument("--block-size", type=_integer(16), help="atb: tokens in a block (default: 128)")
+    made.add_argument("--max-new-tokens", type=_integer(0), help="atb: room behind each prompt (default: 256)")
+    text = "atb: what gives a mean its weight: atb (default) as the paper has it, mindie and none as these do"
+    made.add_argument("--offset", choices=command.OFFSETS, help=text)
+    made.add_argument("--alibi", action="store_const", const=True, help="atb: an ALiBi model, windows alone")
 
     made = add(
         "generate", command.generate, "generate text with a compressed cache", "my-model --plan plan.json --prompt Hi"

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 
 from . import FULL, HeadScores, Plan, __version__, files
+from .atb import OFFSETS as OFFSETS
+from .export import TARGETS as TARGETS
+from .export import export_plan, mindie_heads
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LENGTHS = (4096, 8192, 16384, 32768, 131072)  # tokens, where sizes are shown
@@ -147,6 +150,14 @@ def inspect(arguments: Namespace) -> None:
         print("I induction, E echo, B both, # not said which; nothing is known of later layers and kv heads")
 
 
+def export(arguments: Namespace) -> None:
+    """Write a plan in the form of another runtime."""
+    names = sorted({name for taken in TARGETS.values() for name in taken})
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    said = export_plan(Plan.load(arguments.plan), arguments.to, arguments.out, given)
+    print(f"{said}\nwrote {arguments.out}")
+
+
 def generate(arguments: Namespace) -> None:
     """Generate greedily with the plan's cache, and with the full one too to compare."""
     from . import attach
@@ -244,7 +255,8 @@ def _make_plan(source: str, file: Any, policy: dict[str, Any], layers: int | Non
     size: dict[str, Any] = {"num_layers": layers, "num_kv_heads": kv_heads}
     if source == "heads":
         rule = {"window_fraction": policy["window_fraction"], "compensate": not policy["no_compensation"]}
-        return Plan.from_heads(files.load_heads(file), sink_size=sinks, min_window=window, **size, **rule)
+        found = mindie_heads(file, size["num_layers"], sinks) if file.suffix == ".py" else files.load_heads(file)
+        return Plan.from_heads(found, sink_size=sinks, min_window=window, **size, **rule)
     if source == "windows":
         return Plan.from_windows(files.load_windows(file), **size)
     if source == "gates":

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from reprlib import repr as short
@@ -13,6 +14,8 @@ from typing import Any, BinaryIO, TypeAlias
 import torch
 from torch import Tensor
 
+from .checks import check_int, check_table
+
 PathLike: TypeAlias = str | os.PathLike[str]
 LayerHeads: TypeAlias = dict[int, list[int]]  # layer -> kv heads
 TwoLists: TypeAlias = dict[str, LayerHeads]  # "induction" and "echo"
@@ -20,6 +23,8 @@ TwoLists: TypeAlias = dict[str, LayerHeads]  # "induction" and "echo"
 _OURS = {"induction": "induction", "echo": "echo"}
 _FOREIGN = {"induction": "prefix_matching", "echo": "copying"}  # our word -> msmodelslim's
 _MODE = 0o640  # of heads and windows files, whatever the umask
+_GATES, _GATES_CONFIG = "full_attention_heads.tsv", "config.json"  # DuoAttention's pattern folder
+_NEAR = 0.5  # how far a trained gate may lie outside 0..1
 
 
 def write_atomic(path: PathLike, write: Callable[[BinaryIO], object], *, mode: int | None = None) -> None:
@@ -163,6 +168,92 @@ def load_windows(path: PathLike) -> Tensor:
     if isinstance(content, dict):
         raise ValueError(f"{path}: expected windows, got a dict; read retrieval heads with load_heads")
     return _check_windows(content, str(path))
+
+
+def save_gates(
+    gates: Tensor, folder: PathLike, *, sink_size: int, window_size: int, provenance: dict[str, Any] | None = None
+) -> None:
+    """Write DuoAttention's pattern folder; a new folder appears at once, in an old one both files are replaced.
+
+    Args:
+        gates: (num_layers, num_kv_heads), float; 1 is full.
+        folder: to write, in a folder that exists.
+        sink_size, window_size: first and last tokens that the compressed half of the heads was trained with.
+        provenance: JSON values that config.json also gets.
+    Raises:
+        ValueError: folder: expected one in an existing folder, got runs/gates
+    """
+    target, table = Path(folder), check_table("gates", gates, "floats").double()
+    if not target.parent.is_dir() or (target.exists() and not target.is_dir()):
+        raise ValueError(f"folder: expected one in an existing folder, got {target}")
+    sizes = {"sink_size": check_int("sink_size", sink_size, 0), "recent_size": check_int("window_size", window_size, 0)}
+    text = "".join("\t".join(f"{gate:.18e}" for gate in row) + "\n" for row in table.tolist())
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    temporary.mkdir()
+    try:
+        write_json(temporary / _GATES_CONFIG, {**(provenance or {}), **sizes})
+        write_atomic(temporary / _GATES, lambda file: file.write(text.encode()))
+        if target.exists():
+            for name in (_GATES_CONFIG, _GATES):
+                (temporary / name).replace(target / name)
+            temporary.rmdir()
+        else:
+            temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def load_gates(path: PathLike) -> Tensor:
+    """Read gates as they are in DuoAttention's pattern folder, or in its full_attention_heads.tsv alone.
+
+    Args:
+        path: folder or file.
+    Returns:
+        (num_layers, num_kv_heads), float64, not clipped; 1 is full.
+    Raises:
+        ValueError: gates.tsv: expected 8 numbers in line 2 like in line 1, got 7
+    """
+    file = Path(path) / _GATES if Path(path).is_dir() else Path(path)
+    rows: list[list[float]] = []
+    try:
+        lines = file.read_text().rstrip("\n").split("\n")
+        rows = [[float(cell) for cell in line.split()] for line in lines]
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: expected a folder with {_GATES} or such a file, got none") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: expected a line of numbers for each layer, got {error}") from error
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(rows[0]) or not row:
+            wanted = f"{len(rows[0])} numbers in line {number} like in line 1" if rows[0] else "numbers in line 1"
+            raise ValueError(f"{file}: expected {wanted}, got {len(row)}")
+        if bad := [gate for gate in row if not -_NEAR <= gate <= 1 + _NEAR]:  # NaN too
+            raise ValueError(f"{file}: expected gates near 0..1 in line {number}, got {bad[0]}")
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def load_gate_sizes(folder: PathLike) -> tuple[int, int]:
+    """Read what the compressed half of the heads was trained with from DuoAttention's pattern folder.
+
+    Args:
+        folder: with a config.json.
+    Returns:
+        sink_size and window_size, tokens.
+    Raises:
+        ValueError: duo/config.json: expected the key 'sink_size', got a file without it
+    """
+    file = Path(folder) / _GATES_CONFIG
+    if not file.is_file():
+        raise ValueError(f"{folder}: expected a folder with {_GATES_CONFIG}, got none")
+    record, sizes = read_json(file), []
+    for key in ("sink_size", "recent_size"):
+        if key not in record:
+            raise ValueError(f"{file}: expected the key {key!r}, got a file without it")
+        try:
+            sizes.append(check_int(key, record[key], 0))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file}: {error}") from error
+    return sizes[0], sizes[1]
 
 
 def merge_heads(heads: LayerHeads | TwoLists) -> LayerHeads:
