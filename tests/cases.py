@@ -311,6 +311,18 @@ CASES = (
         dtype="bfloat16",
         page_size=16,
     ),
+    Case(
+        "several steps of keys",
+        ((0, FULL, False), (4, 100, True), (0, 270, False)),
+        (Call(310), Call(290, (7,)), Call(40, dense=True)),
+        head_dim=72,
+        group=3,
+        dtype="float16",
+    ),
+    Case(
+        "several steps, ALiBi", ((0, FULL, False), (300, 20, True)), steps(280, 250), alibi=True, head_dim=33, group=5
+    ),
+    Case("one row a panel", ((0, FULL, False), (3, 50, False)), steps(20, 270, 17), head_dim=1),
     Case("many tokens, few queries", ((0, FULL, False), (8, 1500, True)), steps(2300, 1, 16), head_dim=16, group=2),
 )
 

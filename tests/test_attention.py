@@ -206,11 +206,11 @@ def test_dense_then_compressed() -> None:
     assert torch.equal(case.run()[1], sparse.run()[1])
 
 
-@pytest.mark.parametrize("q_len", [1, 4, 16, 17, 64])
+@pytest.mark.parametrize(("past", "q_len"), [*((2600, n) for n in (1, 4, 16, 17, 64)), (4200, 20)])
 @pytest.mark.parametrize("dense", [False, True])
-def test_long_histories(q_len: int, dense: bool) -> None:
+def test_long_histories(past: int, q_len: int, dense: bool) -> None:
     """Up to 16 queries share long rows by splitting their tokens; more of them split the queries."""
-    past, policy = 2600, ((0, FULL, False), (8, 1100, True), (1024, 1024, True), (1030, 3, False))
+    policy = ((0, FULL, False), (8, 1100, True), (1024, 1024, True), (1030, 3, False))
     keys, values = [random(4, past, 16)], [random(4, past, 16)]
     cache = build_cache(keys, values, policy, 64)
     q, k, v = random(1, 8, q_len, 16), random(1, 4, q_len, 16), random(1, 4, q_len, 16)
@@ -289,10 +289,11 @@ def test_nan_is_not_hidden_from_a_few_queries(where: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("q_len", [5, 40, 600])
-def test_what_is_not_finite_stays_so(q_len: int, bad: float) -> None:
-    """In bfloat16, whose long prompts may go through tiles: a bad key is seen by the queries after it, by no others."""
-    case = Case("", ((0, FULL, False), (2, 30, True)), steps(q_len), group=2, head_dim=32, dtype="bfloat16")
+def test_what_is_not_finite_stays_so(q_len: int, dtype: str, bad: float) -> None:
+    """A bad key is seen by the queries after it, by no others."""
+    case = Case("", ((0, FULL, False), (2, 30, True)), steps(q_len), group=2, head_dim=32, dtype=dtype)
     clean = case.run()[0]
     case.tokens[0].key[:, 0, 3] = bad
     out = case.run()[0]
@@ -301,6 +302,36 @@ def test_what_is_not_finite_stays_so(q_len: int, bad: float) -> None:
     )
     assert torch.equal(out[:, :2, :3], clean[:, :2, :3])
     assert torch.equal(out[:, 2:], clean[:, 2:])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_bad_query_spoils_no_other(dtype: str) -> None:
+    case = Case("", ((0, FULL, False), (2, 30, True)), steps(300), group=2, head_dim=20, dtype=dtype)
+    clean = case.run()[0]
+    bad = [(0, 7), (1, 299), (2, 0), (3, 150)]
+    for head, token in bad:
+        case.tokens[0].query[0, head, token, 3] = math.nan
+    out = case.run()[0]
+    for head, token in bad:
+        assert out[0, head, token].isnan().all()
+        out[0, head, token] = clean[0, head, token]
+    assert torch.equal(out, clean)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("repelling", [20, 290])
+def test_keys_that_repel_without_bound_have_no_weight(repelling: int, dtype: str) -> None:
+    """Logits of -inf: a query that sees no others gives zeros."""
+    case = Case("", ((0, FULL, False),), steps(300), group=2, head_dim=24, dtype=dtype)
+    t, few = case.tokens[0], dataclasses.replace(case, calls=steps(300 - repelling))
+    for a in (t, few.tokens[0]):
+        a.query[..., 0] = 1.0
+    t.key[:, :, :repelling, 0] = -math.inf
+    for name in ("query", "key", "value"):
+        getattr(few.tokens[0], name).copy_(getattr(t, name)[:, :, repelling:])
+    out = case.run()[0]
+    assert not out[:, :, :repelling].any()
+    assert_agree(out[:, :, repelling:], few.run()[0], case.magnitude())
 
 
 def test_queries_alone_change_nothing_that_is_stored() -> None:

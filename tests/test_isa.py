@@ -31,7 +31,8 @@ ISAS = list(NEEDS)
 SMALL_CASES = [case for case in CASES if sum(call.q_len for call in case.calls) < 1000]
 WINDOWS = [(37, 50, 33, "float32"), (128, 31, 64, "bfloat16"), (5, 70, 7, "float16")]  # q_rows, k_rows, cols, dtype
 # period, repeats, head_dim, dtype
-SCORES = [(3, 4, 33, "float32"), (40, 2, 64, "bfloat16"), (5, 3, 7, "float16"), (1, 3, 64, "bfloat16")]
+SCORES = [(3, 4, 33, "float32"), (40, 2, 64, "bfloat16"), (5, 3, 7, "float16"), (1, 3, 64, "bfloat16"),
+          (140, 2, 33, "float16"), (300, 2, 17, "float32")]  # fmt: skip
 
 ROUNDED = [  # and a scale: beyond what tiles take, without it, subnormal; many columns
     *((300, 170, 96, "float32", scale) for scale in (1.0, 1e-3, 1e12, 1e-12, 1e-20)),

@@ -31,7 +31,7 @@ def test_one_request_goes_through_the_four_files() -> None:
     assert len(files) == 4
     for file in files[:-1]:
         assert re.search(r"\battention\(", (ROOT / file).read_text()), file
-    assert "attention_tile(" in (ROOT / files[-1]).read_text()
+    assert "attention_block(" in (ROOT / files[-1]).read_text()
 
 
 @pytest.mark.parametrize("command", ["make demo", "make test"])

@@ -340,6 +340,7 @@ UNDER_TEST = {
     "check.h": ("test_ops.py", "ValueError"),
     "cpu/attention-inl.h": ("test_attention.py", "LayerCache"),
     "cpu/attention_amx-inl.h": ("test_isa.py", "amx"),
+    "cpu/attention_tile-inl.h": ("test_attention.py", "few_queries"),
     "cpu/decode-inl.h": ("test_attention.py", "few_queries"),
     "cpu/decode_amx-inl.h": ("test_isa.py", "few queries"),
     "cpu/decode_bf16-inl.h": ("test_isa.py", "avx512_bf16"),

@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Work is cut into blocks of queries of one (sequence, kv head), each walking its tokens in tiles. The cuts depend on
-// shapes alone, so results do not change with the number of threads. A few queries have too few blocks: decode.cpp.
+// shapes alone, so results do not change with the number of threads. A few queries are decode.cpp's.
 #include "razor/attention.h"
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
-#include <optional>
 #include <vector>
 
 #include "razor/cpu/kernels.h"
@@ -17,10 +15,11 @@
 namespace razor {
 namespace {
 
-constexpr int64_t kBlockRows = 64;       // query rows (tokens x group) that share each loaded key
-constexpr int64_t kTiledRows = 512;      // the same where attention_block packs keys
-constexpr int64_t kLongPrompt = 4096;    // tokens from which on there are enough blocks of twice as many
-constexpr int64_t kTiledColumns = 4096;  // tokens per call of attention_block
+// Rows of a block: query tokens x group, for which keys are packed once. Packing them for 128 rows takes a sixth of the
+// time with registers, a quarter with tiles of bf16.
+constexpr int64_t kLeastRows = 128, kMostRows = 512;
+constexpr int64_t kManyBlocks = 32;    // to make before blocks have more than the least rows
+constexpr int64_t kLongPrompt = 4096;  // tokens from which on there are enough blocks of twice the most rows
 
 // Queries [begin, end) of one page-table row, with the tokens that any of them sees as two ranges of positions:
 // the sinks, and everything from the oldest window on.
@@ -41,16 +40,16 @@ struct WorkList {
   int64_t num_sums = 0;        // blocks that need their own dropped sums
 };
 
-bool is_tiled(const AttentionParams& params) {
-  return params.cache.format == KvFormat::kBF16 && cpu::kernels().attention_block != nullptr;
+int64_t tokens_of_block(const AttentionParams& params) {
+  const int64_t group = params.num_heads / params.cache.num_kv_heads;
+  const int64_t all_rows = params.cache.batch * params.num_heads * params.tokens.q_len;
+  const int64_t most_rows = params.tokens.q_len < kLongPrompt ? kMostRows : 2 * kMostRows;
+  return std::max<int64_t>(std::clamp(all_rows / kManyBlocks, kLeastRows, most_rows) / group, 1);
 }
 
 WorkList cut(const AttentionParams& params) {
-  const int64_t group = params.num_heads / params.cache.num_kv_heads;
-  const int64_t tiled_rows = params.tokens.q_len < kLongPrompt ? kTiledRows : 2 * kTiledRows;
-  const int64_t block_rows = is_tiled(params) ? tiled_rows : kBlockRows;
   WorkList work;
-  work.block_tokens = std::clamp<int64_t>(block_rows / group, 1, std::max<int64_t>(params.tokens.q_len, 1));
+  work.block_tokens = std::min(tokens_of_block(params), params.tokens.q_len);
   for (int64_t r = 0; r < params.cache.batch * params.cache.num_kv_heads; ++r) {
     const CacheRow row = cache_row(params.cache, params.tokens, r);
     const bool moving = row.compensate && !params.dense;
@@ -73,75 +72,45 @@ WorkList cut(const AttentionParams& params) {
   return work;
 }
 
-// Scratch of one thread.
+// Of one thread.
 struct Scratch {
-  std::optional<TiledScratch> tiled;  // for attention_block, if it is used
-  std::unique_ptr<float[]> memory;
-  std::vector<int32_t> columns;
-  float *query, *logits, *bias, *slope, *origin, *state, *dropped;  // dropped: key sum, value sum, mean key, mean value
-  int32_t *first, *last;
+  TiledScratch tiled;
+  Floats memory;
+  SoftmaxState state;       // [rows]
+  float *slope, *origin;    // [rows]
+  float *dropped, *scaled;  // key sum, value sum, mean key, mean value; a query
 
-  Scratch(int64_t rows, int64_t head_dim) {
-    const int64_t state_floats = SoftmaxState::floats(rows, head_dim);
-    memory = std::make_unique_for_overwrite<float[]>(rows * (head_dim + cpu::kTileColumns + 3) + state_floats +
-                                                     4 * head_dim);
-    columns.resize(2 * rows);
-    query = memory.get();
-    logits = query + rows * head_dim;
-    bias = logits + rows * cpu::kTileColumns;
-    slope = bias + rows;
-    first = columns.data();
-    last = first + rows;
-    origin = slope + rows;
-    state = origin + rows;
-    dropped = state + state_floats;
-  }
+  Scratch(int64_t rows, int64_t head_dim)
+      : tiled(rows, head_dim),
+        memory(SoftmaxState::floats(rows, head_dim) + 2 * rows + 5 * head_dim),
+        state(memory.get(), rows),
+        slope(state.weighted + rows * head_dim),
+        origin(slope + rows),
+        dropped(origin + rows),
+        scaled(dropped + 4 * head_dim) {}
 };
 
 struct Worker {
   const AttentionParams& params;
   const Block& block;
   Scratch& scratch;
-  SoftmaxState state;
   const cpu::Kernels& kernels = cpu::kernels();
   int64_t head_dim = params.cache.head_dim;
   int64_t group = params.num_heads / params.cache.num_kv_heads;
-  TiledScratch* tiled = scratch.tiled ? &*scratch.tiled : nullptr;
 
   int64_t rows() const { return (block.end - block.begin) * group; }
 
   // Row (query - block.begin) * group + g of the block is query head head * group + g.
-  const void* query_row(int64_t r) const {
+  const char* query_row(int64_t r) const {
     const int64_t offset = block.row.batch_index * params.query_stride[0] +
                            (block.row.head * group + r % group) * params.query_stride[1] +
                            (block.begin + r / group) * params.query_stride[2];
     return static_cast<const char*>(params.query) + offset * element_size(params.cache.format);
   }
 
-  void load_queries(int64_t first_row, int64_t end_row) {
-    for (int64_t r = first_row; r < end_row; ++r) {
-      kernels.load_row(query_row(r), head_dim, params.cache.format, params.scale, scratch.query + r * head_dim);
-    }
-  }
-
-  void load_all_queries() {
-    if (tiled == nullptr) return load_queries(0, rows());
-    for (int64_t r = 0; r < rows(); ++r) tiled->load_query(r, query_row(r));
-  }
-
-  cpu::AttentionTile tile(int64_t first_row, int64_t rows) const {
-    return {.query = scratch.query + first_row * head_dim,
-            .first = scratch.first,
-            .last = scratch.last,
-            .bias = scratch.bias,
-            .slope = scratch.slope,
-            .maximum = state.maximum + first_row,
-            .sum = state.sum + first_row,
-            .weighted = state.weighted + first_row * head_dim,
-            .logits = scratch.logits,
-            .rows = rows,
-            .head_dim = head_dim,
-            .format = params.cache.format};
+  void pack_queries() {
+    for (int64_t r = 0; r < rows(); ++r) scratch.tiled.queries[r] = query_row(r);
+    kernels.pack_queries(scratch.tiled.queries.data(), rows(), head_dim, params.cache.format, scratch.tiled.query);
   }
 
   // Which of the tokens [begin, begin + columns) the rows see.
@@ -151,58 +120,45 @@ struct Worker {
       const int64_t p = block.position(i);
       const int64_t oldest = sinks ? 0 : oldest_kept(block.row, p, params.dense);
       for (int64_t g = 0; g < group; ++g, ++r) {
-        scratch.first[r] = static_cast<int32_t>(std::clamp<int64_t>(oldest - begin, 0, columns));
-        scratch.last[r] = static_cast<int32_t>(std::clamp<int64_t>(p + 1 - begin, 0, columns));
+        scratch.tiled.first[r] = static_cast<int32_t>(std::clamp<int64_t>(oldest - begin, 0, columns));
+        scratch.tiled.last[r] = static_cast<int32_t>(std::clamp<int64_t>(p + 1 - begin, 0, columns));
         scratch.slope[r] = params.alibi_slopes ? params.alibi_slopes[block.row.head * group + g] : 0.0f;
         scratch.origin[r] = static_cast<float>(p - begin);
-        scratch.bias[r] = -scratch.slope[r] * scratch.origin[r];
       }
-    }
-  }
-
-  // attend_tokens for blocks of tiles.
-  void attend_tiled(int64_t begin, int64_t end, bool sinks) {
-    for (; begin < end; begin += kTiledColumns) {
-      const int64_t columns = std::min(kTiledColumns, end - begin);
-      for (int64_t c = 0; c < columns;) {
-        const Run run = next_run(params.cache, params.tokens, block.row, begin + c, begin + columns, columns);
-        for (int64_t i = 0; i < run.count; ++i, ++c) {
-          tiled->keys[c] = static_cast<const char*>(run.key) + i * run.key_stride * element_size(KvFormat::kBF16);
-          tiled->values[c] = static_cast<const char*>(run.value) + i * run.value_stride * element_size(KvFormat::kBF16);
-        }
-      }
-      see_columns(begin, columns, sinks);
-      kernels.attention_block({.query = tiled->query,
-                               .key_rows = tiled->keys.data(),
-                               .value_rows = tiled->values.data(),
-                               .first = scratch.first,
-                               .last = scratch.last,
-                               .slope = params.alibi_slopes ? scratch.slope : nullptr,
-                               .origin = scratch.origin,
-                               .maximum = state.maximum,
-                               .sum = state.sum,
-                               .weighted = state.weighted,
-                               .scratch = tiled->packed,
-                               .rows = rows(),
-                               .columns = columns,
-                               .head_dim = head_dim,
-                               .scale = params.scale});
     }
   }
 
   // Tokens [begin, end), all sinks or all beyond the sinks.
   void attend_tokens(int64_t begin, int64_t end) {
     const bool sinks = end <= block.row.sink;
-    if (tiled != nullptr) return attend_tiled(begin, end, sinks);
-    while (begin < end) {
-      const Run run = next_run(params.cache, params.tokens, block.row, begin, end, cpu::kTileColumns);
-      cpu::AttentionTile t = tile(0, rows());
-      t.key = run.key, t.value = run.value;
-      t.key_stride = run.key_stride, t.value_stride = run.value_stride;
-      t.columns = run.count;
-      see_columns(begin, run.count, sinks);
-      kernels.attention_tile(t);
-      begin += run.count;
+    const int64_t element_bytes = element_size(params.cache.format);
+    TiledScratch& tiled = scratch.tiled;
+    for (; begin < end; begin += kTiledColumns) {
+      const int64_t columns = std::min(kTiledColumns, end - begin);
+      for (int64_t c = 0; c < columns;) {
+        const Run run = next_run(params.cache, params.tokens, block.row, begin + c, begin + columns, columns);
+        for (int64_t i = 0; i < run.count; ++i, ++c) {
+          tiled.keys[c] = static_cast<const char*>(run.key) + i * run.key_stride * element_bytes;
+          tiled.values[c] = static_cast<const char*>(run.value) + i * run.value_stride * element_bytes;
+        }
+      }
+      see_columns(begin, columns, sinks);
+      kernels.attention_block({.query = tiled.query,
+                               .key_rows = tiled.keys.data(),
+                               .value_rows = tiled.values.data(),
+                               .first = tiled.first.data(),
+                               .last = tiled.last.data(),
+                               .slope = params.alibi_slopes ? scratch.slope : nullptr,
+                               .origin = scratch.origin,
+                               .maximum = scratch.state.maximum,
+                               .sum = scratch.state.sum,
+                               .weighted = scratch.state.weighted,
+                               .scratch = tiled.packed,
+                               .rows = rows(),
+                               .columns = columns,
+                               .head_dim = head_dim,
+                               .format = params.cache.format,
+                               .scale = params.scale});
     }
   }
 
@@ -211,7 +167,7 @@ struct Worker {
     attend_tokens(block.window_begin, block.window_end);
   }
 
-  // The compensation row: for each query its own mean, one tile of `group` rows by one column.
+  // The compensation row: for each query its own mean.
   void attend_dropped(const float* block_sums) {
     const CacheRow& row = block.row;
     const DroppedMeans means(scratch.dropped, head_dim);
@@ -220,21 +176,12 @@ struct Worker {
       std::copy_n(block_sums, 2 * head_dim, means.key_sum);  // and value_sum
       summed = oldest_kept(row, block.position(block.begin), params.dense);
     }
-    std::fill_n(scratch.first, group, 0);
-    std::fill_n(scratch.last, group, 1);
-    std::fill_n(scratch.slope, group, 0.0f);
     for (int64_t i = block.begin; i < block.end; ++i) {
       const int64_t oldest = oldest_kept(row, block.position(i), params.dense);
       const int64_t dropped = means.move(params.cache, params.tokens, row, oldest, summed);
       if (dropped == 0) continue;
-      std::fill_n(scratch.bias, group, std::log(static_cast<float>(dropped)));
       const int64_t first_row = (i - block.begin) * group;
-      if (tiled != nullptr) load_queries(first_row, first_row + group);
-      cpu::AttentionTile t = tile(first_row, group);
-      t.key = means.key_mean, t.value = means.value_mean;
-      t.columns = 1;
-      t.format = KvFormat::kF32;
-      kernels.attention_tile(t);
+      absorb(means, dropped, params, query_row(first_row), scratch.scaled, first_row, scratch.state);
     }
   }
 };
@@ -286,21 +233,17 @@ void attention(const AttentionParams& params, ParallelFor parallel_for) {
   if (work.num_sums > 0) sum_dropped(params, work, parallel_for, sums.data());
 
   const int64_t block_rows = work.block_tokens * group;
-  const auto make_scratch = [&] {
-    Scratch scratch(block_rows, head_dim);
-    if (is_tiled(params)) scratch.tiled.emplace(block_rows, head_dim, kTiledColumns);
-    return scratch;
-  };
+  const auto make_scratch = [&] { return Scratch(block_rows, head_dim); };
   for_each_item(parallel_for, static_cast<int64_t>(work.blocks.size()), make_scratch, [&](int64_t i, Scratch& scratch) {
     const Block& block = work.blocks[work.order[i]];
-    Worker worker{params, block, scratch, SoftmaxState(scratch.state, block_rows)};
-    worker.state.clear(block_rows, head_dim);
-    worker.load_all_queries();
+    Worker worker{params, block, scratch};
+    scratch.state.clear(block_rows, head_dim);
+    worker.pack_queries();
     worker.attend_visible();
     if (block.row.compensate) {
       worker.attend_dropped(block.dropped_sums < 0 ? nullptr : sums.data() + block.dropped_sums * 2 * head_dim);
     }
-    store(worker.state, params, block.row, block.begin, block.end);
+    store(scratch.state, params, block.row, block.begin, block.end);
   });
 }
 

@@ -5,8 +5,6 @@
 #include "razor/decode.h"
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <memory>
 #include <vector>
 
@@ -173,7 +171,7 @@ class Worker {
     task_.num_runs = 0;
   }
 
-  // The compensation row: for each query token its own mean, merged like a state of one token.
+  // The compensation row: for each query token its own mean.
   void attend_dropped() {
     const CacheRow& row = part_->row;
     const DroppedMeans means(means_, head_dim_);
@@ -182,13 +180,7 @@ class Worker {
       const int64_t oldest = oldest_kept(row, row.seen + i, params_.dense);
       const int64_t dropped = means.move(params_.cache, params_.tokens, row, oldest, summed);
       if (dropped == 0) continue;
-      const float weight = std::log(static_cast<float>(dropped));
-      for (int64_t r = i * group_; r < (i + 1) * group_; ++r) {
-        kernels_.load_row(query_row(r), head_dim_, params_.cache.format, params_.scale, query_);
-        float logit = kernels_.dot(query_, means.key_mean, head_dim_, KvFormat::kF32) + weight, one = 1.0f;
-        if (logit == -std::numeric_limits<float>::infinity()) continue;  // no weight
-        merge(SoftmaxState(&logit, &one, means.value_mean), 1, head_dim_, state_.from_row(r, head_dim_));
-      }
+      absorb(means, dropped, params_, query_row(i * group_), query_, i * group_, state_);
     }
   }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Softmax over part of a query's tokens, as attention_tile and decode_runs leave it.
+// Softmax over part of a query's tokens, as attention_block and decode_runs leave it.
 #pragma once
 
 #include <algorithm>
@@ -44,6 +44,22 @@ inline void merge(const SoftmaxState& from, int64_t rows, int64_t head_dim, cons
       float& x = into.weighted[r * head_dim + d];
       x = mine * x + theirs * from.weighted[r * head_dim + d];
     }
+  }
+}
+
+// The compensation row joins the `group` rows of one query token: one more token, of means, whose logit is
+// scale * query . key_mean + log(dropped). query: of the first of these rows; scaled: [head_dim] scratch.
+inline void absorb(const DroppedMeans& means, int64_t dropped, const AttentionParams& params, const char* query,
+                   float* scaled, int64_t first_row, const SoftmaxState& into) {
+  const cpu::Kernels& kernels = cpu::kernels();
+  const int64_t head_dim = means.head_dim, group = params.num_heads / params.cache.num_kv_heads;
+  const float weight = std::log(static_cast<float>(dropped));
+  for (int64_t g = 0; g < group; ++g) {
+    const int64_t offset = g * params.query_stride[1] * element_size(params.cache.format);
+    kernels.load_row(query + offset, head_dim, params.cache.format, params.scale, scaled);
+    float logit = kernels.dot(scaled, means.key_mean, head_dim, KvFormat::kF32) + weight, one = 1.0f;
+    if (logit == -std::numeric_limits<float>::infinity()) continue;  // no weight
+    merge({&logit, &one, means.value_mean}, 1, head_dim, into.from_row(first_row + g, head_dim));
   }
 }
 

@@ -124,69 +124,18 @@ std::vector<float> some_floats(int64_t count, float scale) {
   return x;
 }
 
-// The columns of an input in tiles of at most `most`, by attention_tile or score_tile.
-State run_tiles(const Input& in, const Visible& visible, const std::vector<float>& bias,
-                const std::vector<float>& slope, KvFormat format, float scale, int64_t most,
-                void (*kernel)(const AttentionTile&)) {
+State run_blocks(const Input& in, const Visible& visible, const float* slope, const float* origin, KvFormat format,
+                 const Kernels& kernels, void (*kernel)(const AttentionBlock&)) {
   State state(in.rows, in.head_dim);
-  std::vector<float> query(in.rows * in.head_dim), logits(in.rows * kTileColumns), tile_bias(in.rows);
-  for (size_t i = 0; i < query.size(); ++i) query[i] = scale * in.query.get(static_cast<int64_t>(i));
-  for (int64_t begin = 0; begin < in.columns; begin += most) {
-    Visible tile_visible = visible;
-    for (int64_t r = 0; r < in.rows; ++r) {
-      tile_visible.first[r] -= static_cast<int32_t>(begin);
-      tile_visible.last[r] -= static_cast<int32_t>(begin);
-      tile_bias[r] = bias[r] + slope[r] * static_cast<float>(begin);
-    }
-    kernel({.query = query.data(),
-            .key = in.key.at(begin * in.stride),
-            .value = in.value.at(begin * in.stride),
-            .first = tile_visible.first.data(),
-            .last = tile_visible.last.data(),
-            .bias = tile_bias.data(),
-            .slope = slope.data(),
-            .maximum = state.maximum.data(),
-            .sum = state.sum.data(),
-            .weighted = state.weighted.data(),
-            .logits = logits.data(),
-            .rows = in.rows,
-            .columns = std::min(most, in.columns - begin),
-            .head_dim = in.head_dim,
-            .key_stride = in.stride,
-            .value_stride = in.stride,
-            .format = format});
-  }
-  return state;
-}
-
-void compare_tiles(KvFormat format, int64_t head_dim) {
-  const Kernels &mine = kernels(), &scalar = kernels_scalar;
-  for (int64_t rows : {1, 2, 5, 9}) {
-    const Input in(rows, 1 + below(100), head_dim, format);
-    const Visible visible(rows, in.columns);
-    const std::vector<float> bias = some_floats(rows, 1), slope = some_floats(rows, 0.1f);
-    const auto run = [&](auto* kernel) { return run_tiles(in, visible, bias, slope, format, 0.5f, 64, kernel); };
-    expect_state("attention_tile", in.name(), run(mine.attention_tile), run(scalar.attention_tile), head_dim);
-    expect_state("score_tile", in.name(), run(mine.score_tile), run(scalar.score_tile), /*head_dim=*/0);
-  }
-}
-
-State run_blocks(const Input& in, const Visible& visible, const float* slope, const float* origin, float scale,
-                 void (*kernel)(const AttentionBlock&)) {
-  State state(in.rows, in.head_dim);
-  Elements query(block_multiple(in.rows) * block_multiple(in.head_dim), KvFormat::kBF16);
-  for (int64_t r = 0; r < in.rows; ++r) {
-    for (int64_t d = 0; d < block_multiple(in.head_dim); ++d) {
-      query.set(r * block_multiple(in.head_dim) + d, d < in.head_dim ? in.query.get(r * in.head_dim + d) : 0.0f);
-    }
-  }
-  std::vector<const void*> keys, values;
+  std::vector<const void*> queries, keys, values;
+  for (int64_t r = 0; r < in.rows; ++r) queries.push_back(in.query.at(r * in.head_dim));
   for (int64_t c = 0; c < in.columns; ++c) {
     keys.push_back(in.key.at(c * in.stride));
     values.push_back(in.value.at(c * in.stride));
   }
-  const Floats scratch(block_scratch(in.head_dim));
-  kernel({.query = query.data(),
+  const Floats scratch(block_scratch(in.head_dim)), query(packed_queries(in.rows, in.head_dim));
+  kernels.pack_queries(queries.data(), in.rows, in.head_dim, format, query.get());
+  kernel({.query = query.get(),
           .key_rows = keys.data(),
           .value_rows = values.data(),
           .first = visible.first.data(),
@@ -200,27 +149,25 @@ State run_blocks(const Input& in, const Visible& visible, const float* slope, co
           .rows = in.rows,
           .columns = in.columns,
           .head_dim = in.head_dim,
-          .scale = scale});
+          .format = format,
+          .scale = 0.3f});
   return state;
 }
 
-void compare_blocks(int64_t head_dim) {
-  if (kernels().attention_block == nullptr) return;
+void compare_blocks(KvFormat format, int64_t head_dim) {
+  const Kernels &mine = kernels(), &scalar = kernels_scalar;
   for (int64_t rows : {1, 33, 70}) {
-    const Input in(rows, 1 + below(600), head_dim, KvFormat::kBF16);
+    const Input in(rows, 1 + below(600), head_dim, format);
     const Visible visible(rows, in.columns);
-    const std::vector<float> origin = some_floats(rows, 100);
-    std::vector<float> slope = some_floats(rows, 0.01f), bias(rows);
-    const bool biased = below(2) == 0;
-    if (!biased) slope.assign(rows, 0);
-    for (int64_t r = 0; r < rows; ++r) bias[r] = -slope[r] * origin[r];
-    const auto run = [&](auto* kernel) {
-      return run_blocks(in, visible, biased ? slope.data() : nullptr, origin.data(), 0.3f, kernel);
+    const std::vector<float> origin = some_floats(rows, 100), slopes = some_floats(rows, 0.01f);
+    const float* slope = below(2) == 0 ? slopes.data() : nullptr;
+    const auto run = [&](const Kernels& k, auto* kernel) {
+      return run_blocks(in, visible, slope, origin.data(), format, k, kernel);
     };
-    const State expected =
-        run_tiles(in, visible, bias, slope, KvFormat::kBF16, 0.3f, 64, kernels_scalar.attention_tile);
-    expect_state("attention_block", in.name(), run(kernels().attention_block), expected, head_dim);
-    expect_state("score_block", in.name(), run(kernels().score_block), expected, /*head_dim=*/0);
+    expect_state("attention_block", in.name(), run(mine, mine.attention_block), run(scalar, scalar.attention_block),
+                 head_dim);
+    expect_state("score_block", in.name(), run(mine, mine.score_block), run(scalar, scalar.score_block),
+                 /*head_dim=*/0);
   }
 }
 
@@ -330,12 +277,11 @@ void compare_products(KvFormat format, int64_t cols) {
 void compare_all() {
   for (int64_t head_dim : kHeadDims) {
     for (KvFormat format : kFormats) {
-      compare_tiles(format, head_dim);
+      compare_blocks(format, head_dim);
       compare_decode(format, head_dim);
       compare_rows(format, head_dim);
       compare_products(format, head_dim);
     }
-    compare_blocks(head_dim);
   }
 }
 

@@ -1,219 +1,219 @@
 // SPDX-License-Identifier: Apache-2.0
-// The attention tile, written once against Vec: logits of a block of query rows x keys held in registers, online
-// softmax per row, then probabilities x values. Every block of values is summed into a zeroed partial and added once to
-// the state, so that one heavy row does not dictate the rounding of all others.
+// Attention of many query rows, written once against Vec: kStepKeys keys and values are packed as floats once for all
+// rows; then panels of kLeftPanel rows take register tiles of logits, an online softmax, and register tiles of
+// probabilities x values, which are summed into zeroed partials and added once to the state, so that one heavy row does
+// not dictate the rounding of all others. Tiles that a panel's mask hides are skipped. Uses multiply_panels of
+// products-inl.h.
 //
-// Tried: one horizontal sum per logit (35 GFLOP/s on one thread at head_dim 128; a block of them by one tree of
-// shuffles: 54, see bench/LOG.md). Callers pass stored tokens only, so that unused rows, NaN or not, are never read.
+// Tried, see bench/LOG.md: sums of a register tile in the caller's array (GCC kept them in memory: 78 GFLOP/s of one
+// thread instead of 190), 128 keys per step (4 % slower), 12 rows per panel (the same).
 
 namespace razor::cpu::RAZOR_ISA_NAMESPACE {
 namespace {
 
-constexpr float kMinusInfinity = -__builtin_huge_valf();
+constexpr int64_t kStepKeys = 256 / kRightPanel * kRightPanel;  // packed together, with values; they fit the L2 cache
+constexpr int64_t kStepStride = kStepKeys + 16;  // between rows of logits; no power of two, for the caches
 
-// Loads `count` < kLanes elements, zeros after them.
-template <class T>
-inline Vec load_tail(const T* p, int64_t count) {
-  T lanes[Vec::kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
-  return Vec::load(lanes);
-}
+// Of AttentionBlock::scratch.
+struct StepScratch {
+  float* logits;  // [kLeftPanel, kStepStride]
+  float* key;     // panels of [head_dim, kRightPanel]
+  float* value;   // slices of [kStepKeys, kRightPanel]
 
-template <class T>
-inline void store_tail(Vec x, T* p, int64_t count) {
-  T lanes[Vec::kLanes];
-  x.store(lanes);
-  for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
-}
+  explicit StepScratch(const AttentionBlock& b)
+      : logits(b.scratch), key(logits + kLeftPanel * kStepStride), value(key + kStepKeys * b.head_dim) {}
+};
+static_assert(kLeftPanel <= kMostPanelRows && kRightPanel <= kMostPanelRows && kStepStride <= 256 + 16);
 
-// As many of the `width` elements from p on as fit.
-template <class T>
-inline Vec load_upto(const T* p, int64_t width) {
-  return width >= Vec::kLanes ? Vec::load(p) : load_tail(p, width);
-}
-
-template <class T>
-inline void store_upto(Vec x, T* p, int64_t width) {
-  if (width >= Vec::kLanes) {
-    x.store(p);
-  } else {
-    store_tail(x, p, width);
-  }
-}
-
-// logits[r][c] = query_r . key_c for a kRows x kColumns block.
-template <int kRows, int kColumns, class T>
-inline void block_logits(const float* query, const T* key, int64_t key_stride, int64_t head_dim, float* logits) {
-  Vec total[kRows][kColumns];
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kColumns; ++c) total[r][c] = Vec::zero();
-  }
-  const int64_t whole = head_dim - head_dim % Vec::kLanes;
-  for (int64_t d = 0; d < whole; d += Vec::kLanes) {
-    Vec k[kColumns];
-    for (int c = 0; c < kColumns; ++c) k[c] = Vec::load(key + c * key_stride + d);
-    for (int r = 0; r < kRows; ++r) {
-      const Vec q = Vec::load(query + r * head_dim + d);
-      for (int c = 0; c < kColumns; ++c) total[r][c] = fma(q, k[c], total[r][c]);
+// Panels of [head_dim, kRows]: element d of kRows rows side by side; copies of the last row fill up the last panel.
+template <int kRows, class T>
+inline void pack_rows(const void* const* rows, int64_t count, int64_t head_dim, float* panels) {
+  for (int64_t r = 0; r < count; r += kRows, panels += kRows * head_dim) {
+    for (int64_t i = 0; i < kRows; ++i) {
+      const T* row = static_cast<const T*>(rows[r + i < count ? r + i : count - 1]);
+      float* out = panels + i;
+      int64_t d = 0;
+      for (; d + Vec::kLanes <= head_dim; d += Vec::kLanes) {
+        float lanes[Vec::kLanes];  // converted together
+        Vec::load(row + d).store(lanes);
+        for (float x : lanes) *out = x, out += kRows;
+      }
+      for (; d < head_dim; ++d, out += kRows) *out = to_float(row[d]);
     }
   }
-  if (whole < head_dim) {
-    for (int r = 0; r < kRows; ++r) {
-      const Vec q = load_tail(query + r * head_dim + whole, head_dim - whole);
-      for (int c = 0; c < kColumns; ++c) {
-        total[r][c] = fma(q, load_tail(key + c * key_stride + whole, head_dim - whole), total[r][c]);
+}
+
+// At most kStepKeys values in slices of kRightPanel columns, the last one with zeros.
+template <class T>
+inline void pack_slices(const void* const* rows, int64_t count, int64_t head_dim, float* slices) {
+  for (int64_t d = 0; d < head_dim; d += Vec::kLanes) {
+    float* out = slices + d / kRightPanel * kRightPanel * kStepKeys + d % kRightPanel;
+    for (int64_t c = 0; c < count; ++c) {
+      load_upto(static_cast<const T*>(rows[c]) + d, head_dim - d).store(out + c * kRightPanel);
+    }
+  }
+}
+
+// One panel of rows against the keys of one step.
+struct StepPanel {
+  const AttentionBlock& block;
+  const StepScratch& scratch;
+  int64_t row, rows;                       // first row, at most kLeftPanel
+  int64_t shift;                           // the block's column that is the first of the step
+  int64_t begin, end;                      // columns of the step that some row sees
+  int64_t all_from, all_to;                // columns of the step that every row sees
+  Vec largest[kLeftPanel];                 // of the logits so far
+  float shrink[kLeftPanel + Vec::kLanes];  // factor of the old state
+
+  float* logits(int64_t r) const { return scratch.logits + r * kStepStride; }
+  int64_t first(int64_t r) const { return block.first[row + r] - shift; }
+  int64_t last(int64_t r) const { return block.last[row + r] - shift; }
+
+  // Which of the step's columns do the rows see? False: none.
+  bool find_columns(int64_t columns) {
+    begin = all_to = columns;
+    end = all_from = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t from = first(r), to = last(r);
+      if (from < to && from < begin) begin = from;
+      if (from < to && to > end) end = to;
+      if (from > all_from) all_from = from;
+      if (to < all_to) all_to = to;
+    }
+    if (begin < 0) begin = 0;
+    if (end > columns) end = columns;
+    return begin < end;
+  }
+
+  void multiply_keys() {
+    for (Vec& x : largest) x = Vec::fill(kMinusInfinity);
+    for (int64_t c = begin / kRightPanel * kRightPanel; c < end; c += kRightPanel) {
+      Vec total[kLeftPanel][Vec::kProductVecs];
+      multiply_panels</*kRowStride=*/1, /*kColumnStride=*/kLeftPanel>(
+          block.query + row * block.head_dim, scratch.key + c * block.head_dim, block.head_dim, total);
+      const Vec scale = Vec::fill(block.scale);
+      for (int r = 0; r < kLeftPanel; ++r) {
+        for (int i = 0; i < Vec::kProductVecs; ++i) mul(total[r][i], scale).store(logits(r) + c + i * Vec::kLanes);
+      }
+      if (block.slope != nullptr || c < all_from || c + kRightPanel > all_to) {
+        for (int64_t r = 0; r < rows; ++r) mask_row(r, c);
+      }
+      for (int r = 0; r < kLeftPanel; ++r) {
+        for (int i = 0; i < Vec::kProductVecs; ++i) {
+          largest[r] = max(largest[r], Vec::load(logits(r) + c + i * Vec::kLanes));
+        }
       }
     }
   }
-  for (int r = 0; r < kRows; ++r) {
-    if constexpr (kColumns == Vec::kColumnBlock) {
-      Vec::sums(total[r], logits + r * kTileColumns);
-    } else {
-      for (int c = 0; c < kColumns; ++c) logits[r * kTileColumns + c] = total[r][c].sum();
+
+  // Biases and masks the logits [c, c + kRightPanel).
+  void mask_row(int64_t r, int64_t c) const {
+    float* x = logits(r) + c;
+    if (block.slope != nullptr) {
+      const Vec slope = Vec::fill(block.slope[row + r]);
+      for (int64_t i = 0; i < kRightPanel; i += Vec::kLanes) {
+        const Vec column = add(Vec::iota(), Vec::fill(static_cast<float>(shift + c + i) - block.origin[row + r]));
+        fma(slope, column, Vec::load(x + i)).store(x + i);
+      }
+    }
+    for (int64_t i = 0; i < kRightPanel && i < first(r) - c; ++i) x[i] = kMinusInfinity;
+    for (int64_t i = last(r) > c ? last(r) - c : 0; i < kRightPanel; ++i) x[i] = kMinusInfinity;
+  }
+
+  // Logits to probabilities relative to the maximum.
+  void softmax() {
+    float added[kLeftPanel];
+    for (int64_t r = 0; r < rows; ++r) {
+      const float before = block.maximum[row + r], found = largest[r].largest();
+      const float maximum = before > found ? before : found;
+      const Vec below = Vec::fill(maximum == kMinusInfinity ? 0.0f : -maximum);
+      Vec sum = Vec::zero();
+      for (int64_t c = begin / Vec::kLanes * Vec::kLanes; c < end; c += Vec::kLanes) {
+        const Vec p = add(Vec::load(logits(r) + c), below).exp();
+        p.store(logits(r) + c);
+        sum = add(sum, p);
+      }
+      added[r] = sum.sum();
+      shrink[r] = before == maximum ? 0.0f : before - maximum;
+      block.maximum[row + r] = maximum;
+    }
+    for (int64_t r = 0; r < rows; r += Vec::kLanes) Vec::load(shrink + r).exp().store(shrink + r);
+    for (int64_t r = 0; r < rows; ++r) block.sum[row + r] = block.sum[row + r] * shrink[r] + added[r];
+  }
+
+  void multiply_values() const {
+    for (int64_t d = 0; d < block.head_dim; d += kRightPanel) add_values<Vec::kProductVecs>(d);
+  }
+
+  // The slice at d, of which kVecs vectors or fewer are in use.
+  template <int kVecs>
+  void add_values(int64_t d) const {
+    if constexpr (kVecs > 1) {
+      if (block.head_dim - d <= (kVecs - 1) * Vec::kLanes) return add_values<kVecs - 1>(d);
+    }
+    Vec total[kLeftPanel][kVecs];
+    multiply_panels</*kRowStride=*/kStepStride, /*kColumnStride=*/1>(
+        logits(0) + begin, scratch.value + d * kStepKeys + begin * kRightPanel, end - begin, total);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* weighted = block.weighted + (row + r) * block.head_dim + d;
+      for (int i = 0; i < kVecs; ++i) {
+        const int64_t lane = i * Vec::kLanes, width = block.head_dim - d - lane;
+        const Vec old = load_upto(weighted + lane, width);
+        store_upto(fma(Vec::fill(shrink[r]), old, total[r][i]), weighted + lane, width);
+      }
     }
   }
-}
+};
 
-template <int kRows, class T>
-inline void rows_logits(const AttentionTile& tile, int64_t row) {
-  const float* query = tile.query + row * tile.head_dim;
-  const T* key = static_cast<const T*>(tile.key);
-  float* logits = tile.logits + row * kTileColumns;
-  int64_t c = 0;
-  for (; c + Vec::kColumnBlock <= tile.columns; c += Vec::kColumnBlock) {
-    block_logits<kRows, Vec::kColumnBlock>(query, key + c * tile.key_stride, tile.key_stride, tile.head_dim,
-                                           logits + c);
+inline void pack_step(const AttentionBlock& b, int64_t shift, int64_t count, bool with_values, const StepScratch& to) {
+  const auto pack = [&]<class T>(const T*) {
+    pack_rows<kRightPanel, T>(b.key_rows + shift, count, b.head_dim, to.key);
+    if (with_values) pack_slices<T>(b.value_rows + shift, count, b.head_dim, to.value);
+  };
+  switch (b.format) {
+    case KvFormat::kF32:
+      return pack(static_cast<const float*>(nullptr));
+    case KvFormat::kBF16:
+      return pack(static_cast<const BFloat16*>(nullptr));
+    case KvFormat::kF16:
+      return pack(static_cast<const Float16*>(nullptr));
   }
-  for (; c < tile.columns; ++c) {
-    block_logits<kRows, 1>(query, key + c * tile.key_stride, tile.key_stride, tile.head_dim, logits + c);
-  }
-}
-
-// Biases and masks one row of logits, moves its state to the new maximum and turns the logits into probabilities
-// relative to it. Returns the factor by which the old state shrinks; the probability of a masked column is 0.
-inline float row_softmax(const AttentionTile& tile, int64_t row) {
-  float* logits = tile.logits + row * kTileColumns;
-  const int64_t first = tile.first[row] > 0 ? tile.first[row] : 0;
-  const int64_t last = tile.last[row] < tile.columns ? tile.last[row] : tile.columns;
-  const int64_t padded = (tile.columns + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes;
-  if (first >= last) {
-    for (int64_t c = 0; c < tile.columns; ++c) logits[c] = 0.0f;
-    return 1.0f;
-  }
-  for (int64_t c = 0; c < first; ++c) logits[c] = kMinusInfinity;
-  for (int64_t c = last; c < padded; ++c) logits[c] = kMinusInfinity;
-
-  const Vec slope = Vec::fill(tile.slope[row]);
-  Vec largest = Vec::fill(kMinusInfinity);
-  for (int64_t c = 0; c < padded; c += Vec::kLanes) {
-    const Vec column = add(Vec::iota(), Vec::fill(static_cast<float>(c)));
-    const Vec biased = add(Vec::load(logits + c), fma(slope, column, Vec::fill(tile.bias[row])));
-    biased.store(logits + c);
-    largest = max(largest, biased);
-  }
-  const float before = tile.maximum[row];
-  const float tile_maximum = largest.largest();
-  const float maximum = before > tile_maximum ? before : tile_maximum;
-  bool nan = false;  // the maximum may have lost it; exp has not
-  for (int64_t c = first; maximum == kMinusInfinity && c < last; ++c) nan = nan || logits[c] != logits[c];
-  if (maximum == kMinusInfinity && !nan) {  // every visible logit is -inf: no weight anywhere
-    for (int64_t c = 0; c < tile.columns; ++c) logits[c] = 0.0f;
-    return 1.0f;
-  }
-  const Vec shift = Vec::fill(-maximum);
-  Vec total = Vec::zero();
-  for (int64_t c = 0; c < padded; c += Vec::kLanes) {
-    const Vec p = add(Vec::load(logits + c), shift).exp();
-    p.store(logits + c);
-    total = add(total, p);
-  }
-  const float shrink = before == kMinusInfinity ? 0.0f : __builtin_expf(before - maximum);
-  tile.maximum[row] = maximum;
-  tile.sum[row] = tile.sum[row] * shrink + total.sum();
-  return shrink;
-}
-
-// weighted[r] = shrink[r] * weighted[r] + sum over columns of p[r][c] * value_c, for kRows rows and kVecs vectors at d.
-template <int kRows, int kVecs, class T>
-inline void block_values(const AttentionTile& tile, int64_t row, int64_t d, int64_t begin, int64_t end,
-                         const float* shrink) {
-  const T* value = static_cast<const T*>(tile.value) + d;
-  const float* p = tile.logits + row * kTileColumns;
-  // Known to be whole vectors when there are several; one vector may be the partial last.
-  const int64_t width = kVecs > 1 ? kVecs * Vec::kLanes : tile.head_dim - d;
-  Vec total[kRows][kVecs];
-  for (int r = 0; r < kRows; ++r) {
-    for (int i = 0; i < kVecs; ++i) total[r][i] = Vec::zero();
-  }
-  for (int64_t c = begin; c < end; ++c) {
-    const T* v = value + c * tile.value_stride;
-    Vec x[kVecs];
-    for (int i = 0; i < kVecs; ++i) x[i] = load_upto(v + i * Vec::kLanes, width - i * Vec::kLanes);
-    for (int r = 0; r < kRows; ++r) {
-      const Vec weight = Vec::fill(p[r * kTileColumns + c]);
-      for (int i = 0; i < kVecs; ++i) total[r][i] = fma(weight, x[i], total[r][i]);
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    float* out = tile.weighted + (row + r) * tile.head_dim + d;
-    const Vec factor = Vec::fill(shrink[r]);
-    for (int i = 0; i < kVecs; ++i) {
-      const int64_t lane = i * Vec::kLanes;
-      store_upto(fma(factor, load_upto(out + lane, width - lane), total[r][i]), out + lane, width - lane);
-    }
-  }
-}
-
-template <int kRows, class T>
-inline void rows_values(const AttentionTile& tile, int64_t row, const float* shrink) {
-  int64_t begin = tile.columns, end = 0;
-  for (int r = 0; r < kRows; ++r) {
-    if (tile.first[row + r] >= tile.last[row + r]) continue;
-    if (tile.first[row + r] < begin) begin = tile.first[row + r];
-    if (tile.last[row + r] > end) end = tile.last[row + r];
-  }
-  if (begin < 0) begin = 0;
-  if (end > tile.columns) end = tile.columns;
-  constexpr int64_t kWide = Vec::kColumnBlock * Vec::kLanes;
-  int64_t d = 0;
-  for (; d + kWide <= tile.head_dim; d += kWide) {
-    block_values<kRows, Vec::kColumnBlock, T>(tile, row, d, begin, end, shrink);
-  }
-  for (; d < tile.head_dim; d += Vec::kLanes) block_values<kRows, 1, T>(tile, row, d, begin, end, shrink);
-}
-
-template <bool kWithValues, int kRows, class T>
-inline void rows_tile(const AttentionTile& tile, int64_t row) {
-  rows_logits<kRows, T>(tile, row);
-  float shrink[kRows];
-  for (int r = 0; r < kRows; ++r) shrink[r] = row_softmax(tile, row + r);
-  if constexpr (kWithValues) rows_values<kRows, T>(tile, row, shrink);
-}
-
-template <bool kWithValues, class T>
-inline void typed_tile(const AttentionTile& tile) {
-  int64_t row = 0;
-  for (; row + Vec::kRowBlock <= tile.rows; row += Vec::kRowBlock) {
-    rows_tile<kWithValues, Vec::kRowBlock, T>(tile, row);
-  }
-  for (; row < tile.rows; ++row) rows_tile<kWithValues, 1, T>(tile, row);
 }
 
 template <bool kWithValues>
-inline void tile_of_format(const AttentionTile& tile) {
-  switch (tile.format) {
-    case KvFormat::kF32:
-      return typed_tile<kWithValues, float>(tile);
-    case KvFormat::kBF16:
-      return typed_tile<kWithValues, BFloat16>(tile);
-    case KvFormat::kF16:
-      return typed_tile<kWithValues, Float16>(tile);
+inline void block_of_steps(const AttentionBlock& b) {
+  const StepScratch scratch(b);
+  for (int64_t shift = 0; shift < b.columns; shift += kStepKeys) {
+    const int64_t columns = b.columns - shift < kStepKeys ? b.columns - shift : kStepKeys;
+    pack_step(b, shift, columns, kWithValues, scratch);
+    for (int64_t row = 0; row < b.rows; row += kLeftPanel) {
+      StepPanel panel{.block = b,
+                      .scratch = scratch,
+                      .row = row,
+                      .rows = b.rows - row < kLeftPanel ? b.rows - row : kLeftPanel,
+                      .shift = shift};
+      if (!panel.find_columns(columns)) continue;
+      panel.multiply_keys();
+      panel.softmax();
+      if constexpr (kWithValues) panel.multiply_values();
+    }
   }
 }
 
-void attention_tile(const AttentionTile& tile) { tile_of_format</*kWithValues=*/true>(tile); }
+void attention_block(const AttentionBlock& block) { block_of_steps</*kWithValues=*/true>(block); }
 
-void score_tile(const AttentionTile& tile) { tile_of_format</*kWithValues=*/false>(tile); }
+void score_block(const AttentionBlock& block) { block_of_steps</*kWithValues=*/false>(block); }
+
+void pack_queries(const void* const* rows, int64_t count, int64_t head_dim, KvFormat format, float* packed) {
+  switch (format) {
+    case KvFormat::kF32:
+      return pack_rows<kLeftPanel, float>(rows, count, head_dim, packed);
+    case KvFormat::kBF16:
+      return pack_rows<kLeftPanel, BFloat16>(rows, count, head_dim, packed);
+    case KvFormat::kF16:
+      return pack_rows<kLeftPanel, Float16>(rows, count, head_dim, packed);
+  }
+}
 
 }  // namespace
 }  // namespace razor::cpu::RAZOR_ISA_NAMESPACE

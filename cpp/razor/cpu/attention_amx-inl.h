@@ -17,7 +17,8 @@ constexpr int64_t kMostColumns = INT32_MAX;
 constexpr int64_t kStep = 256;                     // keys packed together
 constexpr int64_t kLogitStride = kStep + 16;       // elements; not a power of two, for the sake of the caches
 constexpr int64_t kLogitBytes = 4 * kLogitStride;  // a row of logits turns into probabilities in place
-static_assert(block_multiple(1) == kSide);
+
+constexpr int64_t whole_panels(int64_t x) { return (x + kSide - 1) / kSide * kSide; }
 
 // Of AttentionBlock::scratch.
 struct BlockScratch {
@@ -28,10 +29,10 @@ struct BlockScratch {
 
   explicit BlockScratch(const AttentionBlock& b) : logits(b.scratch), products(logits + kSide * kLogitStride) {
     key = reinterpret_cast<uint16_t*>(products + 2 * kSide * kSide);
-    value = key + kStep * block_multiple(b.head_dim);
+    value = key + kStep * whole_panels(b.head_dim);
   }
 };
-static_assert(kSide * kLogitStride + 2 * kSide * kSide + kStep * kSide == block_scratch(kSide));
+static_assert(kSide * kLogitStride + 2 * kSide * kSide + kStep * kSide <= block_scratch(1));
 
 // exp(x) for x <= 0: a power of 2 times a polynomial of degree 5, off by 1.5e-7; 0 for -inf, NaN stays. The terms are
 // paired: the scheduler holds about three of these at a time, so that their latency counts.
@@ -176,7 +177,7 @@ struct Panel {
       least_last = least(least_last, _mm512_mask_reduce_min_epi32(lanes, to));
     }
     begin = most(least_first - shift, 0) / kSide * kSide;
-    end = block_multiple(least(most_last - shift, columns));
+    end = whole_panels(least(most_last - shift, columns));
     all_from = most_first - shift;
     all_to = least_last - shift;
     return begin < end;
@@ -185,8 +186,8 @@ struct Panel {
   // One strip is masked while the tiles multiply the next.
   void multiply_keys() {
     for (Vec& x : largest) x = Vec::fill(kMinusInfinity);
-    const int64_t depth = block_multiple(block.head_dim);
-    const auto* query = static_cast<const uint16_t*>(block.query) + row * depth;
+    const int64_t depth = whole_panels(block.head_dim);
+    const auto* query = reinterpret_cast<const uint16_t*>(block.query) + row * depth;
     for (int64_t c = begin; c < end; c += kSide) {
       const uint16_t* key = scratch.key + c * depth;
       zero_products();
@@ -288,7 +289,7 @@ struct Panel {
       }
       store_products(products(d), 4 * kSide);
     }
-    add_products(block_multiple(block.head_dim) - kSide);
+    add_products(whole_panels(block.head_dim) - kSide);
   }
 
   float* products(int64_t d) const { return scratch.products + d / kSide % 2 * kSide * kSide; }
@@ -335,9 +336,26 @@ inline void block_of_tiles(const AttentionBlock& b) {
   _tile_release();
 }
 
-void attention_block(const AttentionBlock& block) { block_of_tiles</*kWithValues=*/true>(block); }
+void attention_block_amx(const AttentionBlock& block) {
+  if (block.format != KvFormat::kBF16) return attention_block(block);
+  block_of_tiles</*kWithValues=*/true>(block);
+}
 
-void score_block(const AttentionBlock& block) { block_of_tiles</*kWithValues=*/false>(block); }
+void score_block_amx(const AttentionBlock& block) {
+  if (block.format != KvFormat::kBF16) return score_block(block);
+  block_of_tiles</*kWithValues=*/false>(block);
+}
+
+// bf16 as it is: [count, head_dim], both rounded up to kSide by zeros.
+void pack_queries_amx(const void* const* rows, int64_t count, int64_t head_dim, KvFormat format, float* packed) {
+  if (format != KvFormat::kBF16) return pack_queries(rows, count, head_dim, format, packed);
+  auto* out = reinterpret_cast<uint16_t*>(packed);
+  for (int64_t r = 0; r < whole_panels(count); ++r) {
+    for (int64_t d = 0; d < head_dim; d += kTileDepth, out += kTileDepth) {
+      _mm512_store_si512(out, load_32(rows, r, count, d, head_dim));
+    }
+  }
+}
 
 }  // namespace
 }  // namespace razor::cpu::RAZOR_ISA_NAMESPACE

@@ -8,26 +8,8 @@
 
 namespace razor::cpu {
 
-inline constexpr int64_t kTileColumns = 64;  // most keys in one tile
-
-// Some query rows against some consecutive keys. logit[r][c] = query_r . key_c + bias[r] + slope[r] * c for the visible
-// columns first[r] <= c < last[r]; the softmax state of each row takes them in.
-struct AttentionTile {
-  const float* query;    // [rows, head_dim], already multiplied by the softmax scale
-  const void* key;       // [columns, head_dim] of format, key_stride apart
-  const void* value;     // [columns, head_dim] of format, value_stride apart; not read by score_tile
-  const int32_t* first;  // [rows] first visible column
-  const int32_t* last;   // [rows] one past the last visible column
-  const float* bias;     // [rows]
-  const float* slope;    // [rows] logit per column
-  float* maximum;        // [rows] state: largest logit so far, -inf at the start
-  float* sum;            // [rows] state: sum of exp(logit - maximum)
-  float* weighted;       // [rows, head_dim] state: sum of exp(logit - maximum) * value; not touched by score_tile
-  float* logits;         // [rows, kTileColumns] scratch
-  int64_t rows, columns, head_dim;
-  int64_t key_stride, value_stride;  // elements
-  KvFormat format;
-};
+inline constexpr int64_t kTileColumns = 64;    // most keys in one run
+inline constexpr int64_t kMostPanelRows = 64;  // rows that a kernel packs together
 
 // At most kTileColumns consecutive keys, evenly spaced in memory.
 struct DecodeRun {
@@ -48,7 +30,7 @@ struct DecodeTask {
   const int64_t* first;     // [rows]
   const int64_t* last;      // [rows]; the query's own token comes before it
   const float* slope;       // [rows], nullable (no ALiBi)
-  float* maximum;           // [rows] state, as in AttentionTile
+  float* maximum;           // [rows] state, as in AttentionBlock
   float* sum;               // [rows]
   float* weighted;          // [rows, head_dim]
   float* scratch;           // [decode_scratch(rows, head_dim)], at a multiple of 64 bytes
@@ -63,30 +45,30 @@ constexpr int64_t decode_scratch(int64_t rows, int64_t head_dim) {
   return (rows + 16) * (head_dim + kTileColumns + 4) + kTileColumns * (head_dim + 64) + 16 * (head_dim + 64);
 }
 
-constexpr int64_t block_multiple(int64_t x) { return (x + 31) / 32 * 32; }
-
-// Many query rows in bf16 against any number of keys in any places. logit[r][c] = scale * query_r . key_c +
+// Many query rows against any number of keys in any places. logit[r][c] = scale * query_r . key_c +
 // slope[r] * (c - origin[r]) for the visible columns first[r] <= c < last[r]; the softmax state takes them in.
 struct AttentionBlock {
-  const void* query;              // [rows, head_dim] bf16, both rounded up to block_multiple, columns by zeros
-  const void* const* key_rows;    // [columns] addresses of [head_dim] bf16
+  const float* query;             // what pack_queries has made of [rows, head_dim]
+  const void* const* key_rows;    // [columns] addresses of [head_dim] of format
   const void* const* value_rows;  // [columns]; not read by score_block
   const int32_t* first;           // [rows] first visible column
   const int32_t* last;            // [rows] one past the last visible column, at most `columns`
   const float* slope;             // [rows] logit per column, nullable (none)
   const float* origin;            // [rows] column, not read without a slope
-  float* maximum;                 // [rows] state as in AttentionTile
-  float* sum;                     // [rows]
-  float* weighted;                // [rows, head_dim]; not touched by score_block
+  float* maximum;                 // [rows] state: largest logit so far, -inf at the start
+  float* sum;                     // [rows] state: sum of exp(logit - maximum)
+  float* weighted;                // [rows, head_dim] state: sum of exp(logit - maximum) * value; not for score_block
   float* scratch;                 // [block_scratch(head_dim)], at a multiple of 64 bytes
   int64_t rows, columns, head_dim;
+  KvFormat format;
   float scale;
 };
 
-// Elements of scratch: packed keys and values, the logits of some rows, products.
-constexpr int64_t block_scratch(int64_t head_dim) { return 256 * block_multiple(head_dim) + 32 * (272 + 2 * 32); }
-
-inline constexpr int64_t kMostPanelRows = 64;  // rows that a kernel packs together
+// Elements that are enough for every kernel: packed queries; packed keys and values, the logits of some rows, products.
+constexpr int64_t packed_queries(int64_t rows, int64_t head_dim) { return (rows + kMostPanelRows) * (head_dim + 32); }
+constexpr int64_t block_scratch(int64_t head_dim) {
+  return 256 * (2 * head_dim + kMostPanelRows) + kMostPanelRows * (256 + 16);
+}
 
 // Left rows against right rows, for the largest of their products.
 struct ProductBlock {
@@ -105,10 +87,11 @@ constexpr int64_t product_scratch(int64_t left_rows, int64_t right_rows, int64_t
 }
 
 struct Kernels {
-  void (*attention_tile)(const AttentionTile& tile);
-  void (*score_tile)(const AttentionTile& tile);         // maximum and sum only
-  void (*attention_block)(const AttentionBlock& block);  // nullable: nothing faster than tiles of rows
-  void (*score_block)(const AttentionBlock& block);      // nullable; maximum and sum only
+  void (*attention_block)(const AttentionBlock& block);
+  void (*score_block)(const AttentionBlock& block);  // maximum and sum only
+  // Query rows at `rows` [count] as the two above take them; packed: [packed_queries(count, head_dim)], at a multiple
+  // of 64 bytes.
+  void (*pack_queries)(const void* const* rows, int64_t count, int64_t head_dim, KvFormat format, float* packed);
   void (*decode_runs)(const DecodeTask& task);
   // sum[i] += sum over rows of row[i]; blocks of rows are summed by themselves and added once.
   void (*add_rows)(const void* rows, int64_t stride, int64_t count, int64_t head_dim, KvFormat format, float* sum);

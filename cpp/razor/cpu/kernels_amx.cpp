@@ -3,21 +3,21 @@
 #define RAZOR_ISA_NAMESPACE avx512
 #include "razor/cpu/vec_avx512.h"
 // After Vec, which they are written against.
-#include "razor/cpu/attention-inl.h"
+#include "razor/cpu/attention_tile-inl.h"
 #include "razor/cpu/decode-inl.h"
 #include "razor/cpu/decode_bf16-inl.h"
 #include "razor/cpu/kv_rows-inl.h"
 #include "razor/cpu/products-inl.h"
 #include "razor/cpu/products_amx-inl.h"
-// After the tiles of products and the softmax of decode_bf16-inl.h.
+// After the panels and tiles of products, and the softmax of decode_bf16-inl.h.
+#include "razor/cpu/attention-inl.h"
 #include "razor/cpu/attention_amx-inl.h"
 #include "razor/cpu/decode_amx-inl.h"
 
 namespace razor::cpu {
-const Kernels kernels_amx = {.attention_tile = avx512::attention_tile,
-                             .score_tile = avx512::score_tile,
-                             .attention_block = avx512::attention_block,
-                             .score_block = avx512::score_block,
+const Kernels kernels_amx = {.attention_block = avx512::attention_block_amx,
+                             .score_block = avx512::score_block_amx,
+                             .pack_queries = avx512::pack_queries_amx,
                              .decode_runs = avx512::decode_runs_amx,
                              .add_rows = avx512::add_rows,
                              .load_row = avx512::load_row,

@@ -2,14 +2,17 @@
 #define RAZOR_ISA_NAMESPACE avx2
 #include "razor/cpu/vec_avx2.h"
 // After Vec, which they are written against.
-#include "razor/cpu/attention-inl.h"
+#include "razor/cpu/attention_tile-inl.h"
 #include "razor/cpu/decode-inl.h"
 #include "razor/cpu/kv_rows-inl.h"
 #include "razor/cpu/products-inl.h"
+// After the panels of products.
+#include "razor/cpu/attention-inl.h"
 
 namespace razor::cpu {
-const Kernels kernels_avx2 = {.attention_tile = avx2::attention_tile,
-                              .score_tile = avx2::score_tile,
+const Kernels kernels_avx2 = {.attention_block = avx2::attention_block,
+                              .score_block = avx2::score_block,
+                              .pack_queries = avx2::pack_queries,
                               .decode_runs = avx2::decode_runs,
                               .add_rows = avx2::add_rows,
                               .load_row = avx2::load_row,

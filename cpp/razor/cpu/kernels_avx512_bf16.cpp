@@ -4,15 +4,18 @@
 #define RAZOR_ISA_NAMESPACE avx512
 #include "razor/cpu/vec_avx512.h"
 // After Vec, which they are written against.
-#include "razor/cpu/attention-inl.h"
+#include "razor/cpu/attention_tile-inl.h"
 #include "razor/cpu/decode-inl.h"
 #include "razor/cpu/decode_bf16-inl.h"
 #include "razor/cpu/kv_rows-inl.h"
 #include "razor/cpu/products-inl.h"
+// After the panels of products.
+#include "razor/cpu/attention-inl.h"
 
 namespace razor::cpu {
-const Kernels kernels_avx512_bf16 = {.attention_tile = avx512::attention_tile,
-                                     .score_tile = avx512::score_tile,
+const Kernels kernels_avx512_bf16 = {.attention_block = avx512::attention_block,
+                                     .score_block = avx512::score_block,
+                                     .pack_queries = avx512::pack_queries,
                                      .decode_runs = avx512::decode_runs_bf16,
                                      .add_rows = avx512::add_rows,
                                      .load_row = avx512::load_row,

@@ -2,14 +2,17 @@
 #define RAZOR_ISA_NAMESPACE scalar
 #include "razor/cpu/vec_scalar.h"
 // After Vec, which they are written against.
-#include "razor/cpu/attention-inl.h"
+#include "razor/cpu/attention_tile-inl.h"
 #include "razor/cpu/decode-inl.h"
 #include "razor/cpu/kv_rows-inl.h"
 #include "razor/cpu/products-inl.h"
+// After the panels of products.
+#include "razor/cpu/attention-inl.h"
 
 namespace razor::cpu {
-const Kernels kernels_scalar = {.attention_tile = scalar::attention_tile,
-                                .score_tile = scalar::score_tile,
+const Kernels kernels_scalar = {.attention_block = scalar::attention_block,
+                                .score_block = scalar::score_block,
+                                .pack_queries = scalar::pack_queries,
                                 .decode_runs = scalar::decode_runs,
                                 .add_rows = scalar::add_rows,
                                 .load_row = scalar::load_row,

@@ -32,20 +32,31 @@ inline void pack_panel(const T* rows, int64_t row_stride, int64_t col_stride, in
   }
 }
 
+// total[r][i] = sum over c of left[r][c] * right[c][lanes of i], rows of `right` kRightPanel apart, the elements of
+// `left` kRowStride and kColumnStride.
+template <int kRowStride, int kColumnStride, int kVecs>
+inline void multiply_panels(const float* left, const float* right, int64_t cols, Vec (&total)[kLeftPanel][kVecs]) {
+  Vec sum[kLeftPanel][kVecs];  // in registers, which GCC does not give to what others index
+  for (int r = 0; r < kLeftPanel; ++r) {
+    for (int i = 0; i < kVecs; ++i) sum[r][i] = Vec::zero();
+  }
+  for (int64_t c = 0; c < cols; ++c) {
+    Vec x[kVecs];
+    for (int i = 0; i < kVecs; ++i) x[i] = Vec::load(right + c * kRightPanel + i * Vec::kLanes);
+    for (int r = 0; r < kLeftPanel; ++r) {
+      const Vec y = Vec::fill(left[c * kColumnStride + r * kRowStride]);
+      for (int i = 0; i < kVecs; ++i) sum[r][i] = fma(x[i], y, sum[r][i]);
+    }
+  }
+  for (int r = 0; r < kLeftPanel; ++r) {
+    for (int i = 0; i < kVecs; ++i) total[r][i] = sum[r][i];
+  }
+}
+
 // The larger of `largest` and of the products of two panels, lane by lane; NaN if one of them is.
 inline Vec tile_maximum(const float* left, const float* right, int64_t cols, Vec largest) {
   Vec total[kLeftPanel][Vec::kProductVecs];
-  for (int r = 0; r < kLeftPanel; ++r) {
-    for (int i = 0; i < Vec::kProductVecs; ++i) total[r][i] = Vec::zero();
-  }
-  for (int64_t c = 0; c < cols; ++c) {
-    Vec x[Vec::kProductVecs];
-    for (int i = 0; i < Vec::kProductVecs; ++i) x[i] = Vec::load(right + c * kRightPanel + i * Vec::kLanes);
-    for (int r = 0; r < kLeftPanel; ++r) {
-      const Vec y = Vec::fill(left[c * kLeftPanel + r]);
-      for (int i = 0; i < Vec::kProductVecs; ++i) total[r][i] = fma(x[i], y, total[r][i]);
-    }
-  }
+  multiply_panels</*kRowStride=*/1, /*kColumnStride=*/kLeftPanel>(left, right, cols, total);
   for (int r = 0; r < kLeftPanel; ++r) {
     for (int i = 0; i < Vec::kProductVecs; ++i) largest = max_or_nan(largest, total[r][i]);
   }
