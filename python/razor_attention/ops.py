@@ -48,7 +48,8 @@ def attention(
     compensates and tokens are left over, one more row stands for them: their mean key and value, with
     `logit = scale * q.mean_k + log(dropped)` (RazorAttention, compensation token; the weight is added after scaling).
     `dense`: every token of this call and every row that the cache still has are read exactly (the paper's prefill).
-    A query that sees nothing yields zeros. The cache is only read: call `append` afterwards with the same tokens.
+    A query that sees nothing yields zeros. A value that is not finite may also reach the other queries of its kv head
+    in the call, as 0 * NaN does in any product of matrices. The cache is only read: call `append` afterwards with the same tokens.
 
     Args:
         query: (batch, num_heads, q_len, head_dim), f32 | bf16 | f16. Rotated queries; strides free but the last.
