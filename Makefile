@@ -27,11 +27,15 @@ format: $(VENV)/.torch $(VENV)/.lint
 	$(VENV)/bin/clang-format -i $(CPP)
 
 bench: $(VENV)/.installed
-	$(RUN) razor_attention.bench.attention --question decode --context 8k 32k 128k
-	$(RUN) razor_attention.bench.attention --question prefill --context 4k 8k 16k
-	$(RUN) razor_attention.bench.head_scores --long
+	$(RUN) razor_attention.bench.attention --question decode --context 4k 8k 16k 32k 64k 128k 256k
+	$(RUN) razor_attention.bench.attention --question prefill --context 2k 4k 8k 16k 32k --rounds 7
+	$(RUN) razor_attention.bench.attention --question overhead
+	$(RUN) razor_attention.bench.attention --context 8k --threads $$(seq 1 $$(($$(nproc) - 1)))
+	$(RUN) razor_attention.bench.append
+	$(RUN) razor_attention.bench.head_scores --question layer model --long --rounds 7
 	$(RUN) razor_attention.bench.windows
 	$(RUN) razor_attention.bench.memory
+	$(RUN) razor_attention.bench.generate
 
 plot: $(VENV)/.installed
 	$(RUN) razor_attention.bench.plot

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast is attention over a compressed cache? Decode and prefill of one Llama-3-8B layer against torch's SDPA.
 
+`--question overhead` asks what a call costs beside its work: one token over 64 rows, of 8 and of 2 kv heads.
+
 `attend` is LayerCache.attend (attention, then append), `op` torch.ops.razor.attention alone, `sdpa` torch over the
 full cache, which in decode lies ready in one piece: nothing is appended to it. `sdpa packed` is the same with the
 query heads of a group as query tokens, transformers' way in decode. Each rival walks through copies of its cache of
 WALK_BYTES together, because a model's other layers and weights would have pushed a layer's cache out of the caches
-of the CPU since the last token.
+of the CPU since the last token. `flex` is FlexAttention with the same mask, where a plan has no compensation.
 
 Example: python -m razor_attention.bench.attention --question decode --context 32k
 """
@@ -13,6 +15,7 @@ Example: python -m razor_attention.bench.attention --question decode --context 3
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import cycle
 from typing import Any
 
@@ -23,9 +26,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from razor_attention import LayerCache, Plan, ops
 
 from .cases import CONTEXTS, LLAMA3_8B, Layer, plans, rows_read, rows_read_by_prompt
-from .harness import Row, assert_close, interleave, make_row, parser, read_bandwidth, report
+from .flex import flex_rival
+from .harness import Row, assert_close, interleave, make_row, measured, parser, report
 
 WALK_BYTES = 512 << 20
+SHORT = 64  # tokens of the cache where the overhead is asked for
 TOLERANCE = 0.02  # of outputs about 1, rounded to bfloat16; SDPA itself is off by half of it
 
 
@@ -131,7 +136,9 @@ def decode(layer: Layer, context: int, *, rounds: int, walk_bytes: int, name: st
     ]
 
 
-def prefill(layer: Layer, context: int, *, rounds: int, name: str, on: str | None = None) -> list[Row]:
+def prefill(
+    layer: Layer, context: int, *, rounds: int, name: str, flex: bool = True, on: str | None = None
+) -> list[Row]:
     """Time a prompt of `context` tokens into an empty cache, every query by its own window."""
     query, key, value = layer.tokens(context, seed=0)
     rivals: dict[str, Callable[[], object]] = {}
@@ -149,6 +156,10 @@ def prefill(layer: Layer, context: int, *, rounds: int, name: str, on: str | Non
         assert_close(f"prefill {name} {label}", attend()[:, :, sample], wanted, TOLERANCE)
         rivals[f"{label} attend"] = attend
         flops[f"{label} attend"] = rows_read_by_prompt(plan, context) * 4 * layer.head_dim * group
+        alike = label != "full" and not bool(plan.compensate.any())
+        if flex and alike and (call := flex_rival(query, key, value, plan)):
+            assert_close(f"prefill {name} {label} flex", call()[:, :, sample], wanted, TOLERANCE)
+            rivals[f"{label} flex"], flops[f"{label} flex"] = call, flops[f"{label} attend"]
     rivals["sdpa"] = lambda: scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     flops["sdpa"] = flops["full attend"]
     nbytes = 2 * query.nbytes + key.nbytes + value.nbytes
@@ -159,22 +170,52 @@ def prefill(layer: Layer, context: int, *, rounds: int, name: str, on: str | Non
     ]
 
 
+def overhead(layer: Layer, *, rounds: int, on: str | None = None) -> list[Row]:
+    """Time one new token over SHORT others: nearly all of it is what a call costs by itself."""
+    query, key, value = layer.tokens(SHORT + 1, seed=0)
+    query, new = query[:, :, -1:], (key[:, :, -1:], value[:, :, -1:])
+    plan = Plan.streaming(1, layer.num_kv_heads, sink_size=4, window_size=SHORT - 4)  # stays short, however often
+    cache, growing = layer.cache(plan), layer.cache(plan)
+    for each in (cache, growing):
+        each.append(key[:, :, :-1], value[:, :, :-1])
+    name = f"overhead, {layer.num_kv_heads} kv heads"
+    assert_close(name, attend_op(cache, query, *new), expected(query, key, value, plan, [SHORT]), TOLERANCE)
+    rivals: dict[str, Callable[[], object]] = {
+        "op": lambda: attend_op(cache, query, *new),
+        "append": lambda: growing.append(*new),
+        "attend": lambda: growing.attend(query, *new),
+        "sdpa": lambda: gqa_sdpa(query, key, value),
+    }
+    rows = rows_read(plan, SHORT + 1)
+    nbytes = dict.fromkeys(rivals, rows * layer.row_bytes) | {"append": 2 * layer.num_kv_heads * layer.row_bytes}
+    flops = rows * 4 * layer.head_dim * (layer.num_heads // layer.num_kv_heads)
+    return [
+        make_row("attention", name, label, time, nbytes=nbytes[label], flops=0 if label == "append" else flops, on=on)
+        for label, time in interleave(rivals, rounds=rounds).items()
+    ]
+
+
 def main(argv: list[str] | None = None) -> None:
     flags = parser(__doc__)
-    flags.add_argument("--question", choices=("decode", "prefill"), nargs="+", default=["decode", "prefill"])
+    questions = ("decode", "prefill", "overhead")
+    flags.add_argument("--question", choices=questions, nargs="+", default=["decode", "prefill"])
     flags.add_argument("--context", choices=CONTEXTS, nargs="+", default=["8k"], help="default: 8k")
     arguments = flags.parse_args(argv)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    bandwidth = read_bandwidth()
-    rows: list[Row] = []
-    for name in arguments.context:
-        common = {"rounds": arguments.rounds, "name": name, "on": arguments.machine}
-        if "decode" in arguments.question:
-            rows += decode(LLAMA3_8B, CONTEXTS[name], walk_bytes=WALK_BYTES, **common)
-        if "prefill" in arguments.question:
-            rows += prefill(LLAMA3_8B, CONTEXTS[name], **common)
-    report(rows, max(bandwidth, read_bandwidth()), arguments.results, arguments.machine)
+    options = {"rounds": arguments.rounds, "on": arguments.machine}
+
+    def bench() -> list[Row]:
+        rows: list[Row] = []
+        for name in arguments.context:
+            if "decode" in arguments.question:
+                rows += decode(LLAMA3_8B, CONTEXTS[name], walk_bytes=WALK_BYTES, name=name, **options)
+            if "prefill" in arguments.question:
+                rows += prefill(LLAMA3_8B, CONTEXTS[name], name=name, **options)
+        if "overhead" in arguments.question:
+            for kv_heads in (8, 2):
+                rows += overhead(replace(LLAMA3_8B, num_heads=4 * kv_heads, num_kv_heads=kv_heads), **options)
+        return rows
+
+    report(measured(bench, arguments.threads), arguments.results)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class Layer:
 
 
 LLAMA3_8B = Layer(num_heads=32, num_kv_heads=8, head_dim=128)
-CONTEXTS = {f"{k}k": k * 1024 for k in (4, 8, 16, 32, 128)}  # tokens
+CONTEXTS = {f"{k}k": k * 1024 for k in (2, 4, 8, 16, 32, 64, 128, 256)}  # tokens
 
 
 def plans(layer: Layer = LLAMA3_8B) -> dict[str, Plan]:
@@ -57,16 +57,26 @@ def plans(layer: Layer = LLAMA3_8B) -> dict[str, Plan]:
     }
 
 
-def rows_read(plan: Plan, context: int) -> int:
-    """Rows of layer 0 that a query reads after `context` tokens, its own included, compensation rows too."""
-    sinks, windows, compensate = plan.layer(0)
-    kept = torch.where(windows == FULL, context, (sinks.long() + windows).clamp(max=context))
-    return int(kept.sum() + (compensate & (kept < context)).sum())
+def rows_held(plan: Plan, context: int, layer: int = 0) -> int:
+    """Rows of a layer that a cache holds after `context` tokens, compensation rows not counted."""
+    return int(_kept(plan, context, layer).sum())
 
 
-def rows_read_by_prompt(plan: Plan, context: int) -> int:
+def rows_read(plan: Plan, context: int, layer: int = 0) -> int:
+    """Rows of a layer that a query reads after `context` tokens, its own included, compensation rows too."""
+    kept = _kept(plan, context, layer)
+    return int(kept.sum() + (plan.layer(layer)[2] & (kept < context)).sum())
+
+
+def _kept(plan: Plan, context: int, layer: int) -> Tensor:
+    """(num_kv_heads,), int64."""
+    sinks, windows, _ = plan.layer(layer)
+    return torch.where(windows == FULL, context, (sinks.long() + windows).clamp(max=context))
+
+
+def rows_read_by_prompt(plan: Plan, context: int, layer: int = 0) -> int:
     """Sum of `rows_read` over all positions of a prompt."""
-    sinks, windows, compensate = plan.layer(0)
+    sinks, windows, compensate = plan.layer(layer)
     at = torch.arange(1, context + 1)[:, None]
     kept = torch.minimum(at, torch.where(windows == FULL, context, sinks.long() + windows))
     return int(kept.sum() + (compensate & (kept < at)).sum())

@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ RESULTS = Path("bench/results")  # of the checkout in which a bench runs
 LEAST_ROUNDS = 7
 _SAMPLE_SECONDS = 0.005  # a sample lasts at least so long, in several calls where one is shorter
 _STREAM_BYTES = 512 << 20
+_MATMUL_SIZE = 4096
+FORMATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,9 @@ class Row:
     flops: int
     gb_s: float
     gflop_s: float
+    ceiling_gb_s: float  # of this process in the same minutes, see `measured`; 0: not taken
+    ceiling_gflop_s: float
+    roofline: float  # least time that bytes and flops need under the ceilings, over the median
     commit: str
 
 
@@ -80,9 +85,10 @@ def interleave(rivals: dict[str, Callable[[], object]], *, rounds: int = 9, warm
         raise ValueError(f"rounds: expected an integer >= {LEAST_ROUNDS}, got {rounds}")
     calls = {}
     for name, call in rivals.items():
-        for _ in range(warmup):
-            call()
-        calls[name] = max(1, math.ceil(_SAMPLE_SECONDS / max(_seconds(call, 1), 1e-9)))
+        seconds = min((_seconds(call, 1) for _ in range(warmup)), default=0.0)
+        if seconds < 20 * _SAMPLE_SECONDS:  # a long call says how long it is while it warms up
+            seconds = _seconds(call, 1)
+        calls[name] = max(1, math.ceil(_SAMPLE_SECONDS / max(seconds, 1e-9)))
     samples: dict[str, list[float]] = {name: [] for name in rivals}
     names = list(rivals)
     for turn in range(rounds):
@@ -116,6 +122,40 @@ def read_bandwidth(nbytes: int = _STREAM_BYTES) -> float:
     left, right = torch.ones(half), torch.ones(half)
     passes = [lambda: torch.dot(left, right), lambda: (left.sum(), right.sum())]
     return max(8 * half / _seconds(call, 1) / 1e9 for _ in range(LEAST_ROUNDS) for call in passes)
+
+
+def matmul_peak(row_format: str, size: int = _MATMUL_SIZE) -> float:
+    """Floating-point operations per nanosecond (GFLOP/s) of torch's product of two square matrices: the best of 7."""
+    left, right = (torch.randn(size, size).to(FORMATS[row_format]) for _ in range(2))
+    return max(2 * size**3 / _seconds(lambda: left @ right, 1) / 1e9 for _ in range(LEAST_ROUNDS))
+
+
+def measured(bench: Callable[[], list[Row]], threads: Sequence[int] = (0,)) -> list[Row]:
+    """Rows of a bench, with the ceilings of the same minutes filled in; memory is measured before and after it.
+
+    Args:
+        bench: makes the rows.
+        threads: numbers of torch's threads to run it with, one after the other; 0 leaves them as they are.
+    """
+    rows: list[Row] = []
+    before = torch.get_num_threads()
+    try:
+        for count in threads:
+            torch.set_num_threads(count or before)
+            stream, made = read_bandwidth(_STREAM_BYTES), bench()
+            stream = max(stream, read_bandwidth(_STREAM_BYTES))
+            peaks = {name: matmul_peak(name, _MATMUL_SIZE) for name in {row.format for row in made if row.flops}}
+            rows += [under_ceilings(row, stream, peaks.get(row.format, 0.0)) for row in made]
+    finally:
+        torch.set_num_threads(before)
+    return rows
+
+
+def under_ceilings(row: Row, gb_s: float, gflop_s: float) -> Row:
+    """The row with two ceilings, in 10^9 per second, and its share of the one that binds it; 0: not known."""
+    least = max(row.bytes / gb_s if gb_s else 0.0, row.flops / gflop_s if gflop_s else 0.0)  # nanoseconds
+    share = least / (row.median_us * 1e3) if row.median_us else 0.0
+    return replace(row, ceiling_gb_s=round(gb_s, 3), ceiling_gflop_s=round(gflop_s, 3), roofline=round(share, 4))
 
 
 @cache
@@ -158,7 +198,8 @@ def make_row(
     row_format: str = "bf16",
     on: str | None = None,
 ) -> Row:
-    """A row with this machine's columns filled in and the two rates derived; `on` overrides the machine's name."""
+    """A row with this machine's columns filled in and the two rates derived, without ceilings (see `measured`); `on`
+    overrides the machine's name."""
     nanoseconds = time_us.median_us * 1e3 or math.inf
     return Row(
         machine=on or machine(),
@@ -174,6 +215,9 @@ def make_row(
         flops=flops,
         gb_s=round(nbytes / nanoseconds, 3),
         gflop_s=round(flops / nanoseconds, 3),
+        ceiling_gb_s=0.0,
+        ceiling_gflop_s=0.0,
+        roofline=0.0,
         commit=commit(),
     )
 
@@ -224,22 +268,25 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--results", type=Path, default=RESULTS, help=f"folder of the CSV files (default: {RESULTS})")
     made.add_argument("--machine", default=None, help=f"name of this machine in them (default: {machine()})")
     made.add_argument("--rounds", type=int, default=9, help="samples of each rival, at least 7 (default: 9)")
-    made.add_argument("--threads", type=int, default=0, help="threads of torch (default: its own choice)")
+    text = "threads of torch; several: one run for each (default: torch's own choice)"
+    made.add_argument("--threads", type=int, nargs="+", default=[0], help=text)
     return made
 
 
-def report(rows: Sequence[Row], bandwidth: float, results: Path, on: str | None) -> None:
-    """Print rows with their share of the read bandwidth, and append them together with it."""
-    once = Timing(_STREAM_BYTES / bandwidth / 1e3, 0.0)
-    stream = make_row(rows[0].question, "read bandwidth", "stream", once, nbytes=_STREAM_BYTES, row_format="f32", on=on)
-    header = ("case", "plan", "median ms", "iqr ms", "MB", "GB/s", "of stream", "GFLOP/s")
-    print(f"{rows[0].machine}, {rows[0].isa}, {rows[0].threads} threads, stream {bandwidth:.1f} GB/s")
-    cells = [
-        (r.case, r.plan, r.median_us / 1e3, r.iqr_us / 1e3, r.bytes / 1e6, r.gb_s, r.gb_s / bandwidth, r.gflop_s)
-        for r in rows
-    ]
-    print(table(header, cells))
-    print(f"appended to {append_rows([stream, *rows], results)}")
+def report(rows: Sequence[Row], results: Path) -> None:
+    """Print rows with their ceilings, and append them."""
+    header = ("case", "plan", "median ms", "iqr ms", "MB", "GB/s", "GFLOP/s", "roofline")
+    for threads in dict.fromkeys(row.threads for row in rows):
+        some = [row for row in rows if row.threads == threads]
+        peaks = {row.format: row.ceiling_gflop_s for row in some if row.ceiling_gflop_s}
+        products = "".join(f", {name} matmul {peak:.0f} GFLOP/s" for name, peak in peaks.items())
+        print(f"{some[0].machine}, {some[0].isa}, {threads} threads, stream {some[0].ceiling_gb_s:.1f} GB/s{products}")
+        cells = [
+            (r.case, r.plan, r.median_us / 1e3, r.iqr_us / 1e3, r.bytes / 1e6, r.gb_s, r.gflop_s, r.roofline)
+            for r in some
+        ]
+        print(table(header, cells))
+    print(f"appended to {append_rows(rows, results)}")
 
 
 def cache_bytes(cache: Any) -> int:

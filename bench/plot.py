@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 from pathlib import Path
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from razor_attention import HeadScores
 
 from .harness import RESULTS
+
+Cells = dict[str, str]  # of a row of a results file, by column
+_CONTEXT = re.compile(r"(decode|prefill) (\d+)k")
 
 
 def plot_scores(scores: HeadScores, heads: dict[str, dict[int, list[int]]], path: str | Path) -> None:
@@ -72,36 +77,123 @@ def plot_windows(windows: Tensor, method: str, path: str | Path) -> None:
     figure.savefig(path, format="png", dpi=150)
 
 
-def latest(path: Path) -> dict[str, dict[str, dict[str, str]]]:
-    """case -> plan -> the last row of a results file that has them."""
-    cases: dict[str, dict[str, dict[str, str]]] = {}
+def latest(path: Path) -> dict[str, dict[str, Cells]]:
+    """case -> plan -> the last row of a results file that has them; what ran with fewer threads says so in its case."""
     with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            cases.setdefault(row["case"], {})[row["plan"]] = row
+        rows = list(csv.DictReader(file))
+    most = max(int(row["threads"]) for row in rows)
+    cases: dict[str, dict[str, Cells]] = {}
+    for row in rows:
+        few = f", {row['threads']} thread{'s' * (row['threads'] != '1')}" if int(row["threads"]) < most else ""
+        cases.setdefault(row["case"] + few, {})[row["plan"]] = row
     return cases
 
 
-def plot_results(path: Path, target: Path) -> None:
-    """Bars of time, with the interquartile range, and of bytes: a row of axes for each case, a bar for each plan."""
-    cases = {case: rows for case, rows in latest(path).items() if case != "read bandwidth"}
-    figure = Figure(figsize=(11, sum(0.9 + 0.32 * len(rows) for rows in cases.values())), layout="constrained")
+def plot_bars(cases: dict[str, dict[str, Cells]], title: str, target: Path) -> None:
+    """Bars of time, with the interquartile range, of bytes and, where it was taken, of the share of the roofline: a row
+    of axes for each case, a bar for each plan."""
+    columns = [("median_us", 1e3, "ms", "tab:blue"), ("bytes", 1e6, "MB", "tab:orange")]
+    if any(float(row["roofline"]) for rows in cases.values() for row in rows.values()):
+        columns.append(("roofline", 1.0, "of the roofline", "tab:green"))
+    height = sum(1.0 + 0.3 * len(rows) for rows in cases.values())
+    figure = Figure(figsize=(1.5 + 4.2 * len(columns), 0.6 + height), layout="constrained")
     ratios = [1.5 + len(rows) for rows in cases.values()]
-    grid = figure.subplots(len(cases), 2, squeeze=False, height_ratios=ratios)
-    for (case, rows), (left, right) in zip(cases.items(), grid, strict=True):
-        names = list(rows)
-        median, iqr = ([float(rows[name][key]) / 1e3 for name in names] for key in ("median_us", "iqr_us"))
-        left.barh(names, median, xerr=[value / 2 for value in iqr], color="tab:blue")
-        left.set_xlabel("ms")
-        right.barh(names, [float(rows[name]["bytes"]) / 1e6 for name in names], color="tab:orange")
-        right.set_xlabel("MB")
-        right.set_yticklabels([])
-        for axes in (left, right):
+    grid = figure.subplots(len(cases), len(columns), squeeze=False, height_ratios=ratios)
+    for (case, rows), line in zip(cases.items(), grid, strict=True):
+        for axes, (column, unit, label, color) in zip(line, columns, strict=True):
+            values = [float(row[column]) / unit for row in rows.values()]
+            spread = [float(row["iqr_us"]) / 2e3 for row in rows.values()] if column == "median_us" else None
+            bars = axes.barh(list(rows), values, xerr=spread, color=color, error_kw={"elinewidth": 1, "alpha": 0.5})
+            axes.bar_label(bars, [_short(value) for value in values], padding=4, fontsize="small")
+            axes.set_xlim(0, 1.25 * max(max(values) + max(spread or [0.0]), 1e-9))
+            axes.set_xlabel(label)
             axes.invert_yaxis()
-            axes.set_title(case, loc="left", fontsize="medium")
+            if axes is line[0]:
+                axes.set_title(case, loc="left", fontsize="medium")
+            else:
+                axes.set_yticklabels([])
+    figure.suptitle(title)
+    figure.savefig(target, format="png", dpi=110)
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def contexts(cases: dict[str, dict[str, Cells]], phase: str) -> dict[str, list[tuple[int, Cells]]]:
+    """plan -> (tokens, row) by ascending tokens, of the cases such as "decode 32k"."""
+    lines: dict[str, list[tuple[int, Cells]]] = {}
+    for case, rows in cases.items():
+        if found := _CONTEXT.fullmatch(case):
+            for plan, row in rows.items():
+                if found[1] == phase:
+                    lines.setdefault(plan, []).append((int(found[2]) * 1024, row))
+    return {plan: sorted(line, key=lambda point: point[0]) for plan, line in lines.items()}
+
+
+def plot_contexts(cases: dict[str, dict[str, Cells]], title: str, target: Path) -> None:
+    """Lines over the context, a color for each plan: times of decode and prefill, bytes, shares of the roofline."""
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    (left, right), (bytes_axes, roofline) = figure.subplots(2, 2)
+    lines = {phase: contexts(cases, phase) for phase in ("decode", "prefill")}
+    plans = list(dict.fromkeys(plan for phase in lines.values() for plan in phase if not plan.endswith(" op")))
+    color = {plan: f"C{index}" for index, plan in enumerate(plans)}
+    for axes, phase, style in ((left, "decode", "o-"), (right, "prefill", "s--")):
+        for plan, points in lines[phase].items():
+            if plan not in color:  # `op` lies on `attend`
+                continue
+            tokens, rows = [at for at, _ in points], [row for _, row in points]
+            median = [float(row["median_us"]) / 1e3 for row in rows]
+            spread = [float(row["iqr_us"]) / 2e3 for row in rows]
+            axes.errorbar(tokens, median, spread, fmt=style, color=color[plan], label=plan, capsize=2)
+            share = [float(row["roofline"]) for row in rows]
+            if any(share):
+                roofline.plot(tokens, share, style, color=color[plan])
+            if phase == "decode" and plan != "sdpa packed":  # which reads what sdpa reads
+                size = [float(row["bytes"]) / 1e6 for row in rows]
+                name = "full cache" if plan == "sdpa" else plan.removesuffix(" attend")
+                if plan != "full attend":
+                    bytes_axes.plot(tokens, size, style, color=color[plan], label=name)
+        axes.set_title(f"{phase}: time of " + ("one token" if phase == "decode" else "the prompt"))
+        axes.set_ylabel("ms")
+        axes.set_yscale("log")
+    bytes_axes.set_title("memory: keys and values of a layer")
+    bytes_axes.set_ylabel("MB")
+    bytes_axes.set_yscale("log")
+    roofline.set_title("share of the roofline measured in the same run")
+    roofline.axhline(1, color="black", linewidth=0.8)
+    roofline.set_ylim(0, max(1.35, 1.1 * roofline.dataLim.y1))
+    for axes in (left, right, bytes_axes, roofline):
+        phases = {left: ["decode"], right: ["prefill"], bytes_axes: ["decode"]}.get(axes, list(lines))
+        ticks = sorted({at for phase in phases for line in lines[phase].values() for at, _ in line})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{at // 1024}K" for at in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("tokens")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+    styles = [Line2D([], [], color="gray", marker="o", label="decode")]
+    styles.append(Line2D([], [], color="gray", marker="s", linestyle="--", label="prefill"))
+    roofline.legend(handles=styles, title="colors as above", fontsize="small", loc="upper right")
+    figure.suptitle(title)
+    figure.savefig(target, format="png", dpi=110)
+
+
+def plot_results(path: Path, folder: Path) -> list[Path]:
+    """The pictures of a results file: <machine>-<question>.png, and -contexts.png where cases have a context."""
+    cases = latest(path)
     one = next(iter(next(iter(cases.values())).values()))
-    figure.suptitle(f"{path.stem}: {one['machine']}, {one['isa']}, {one['threads']} threads")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, format="png", dpi=120)
+    most = max(int(row["threads"]) for rows in cases.values() for row in rows.values())
+    title = f"{path.stem}: {one['machine']}, {one['isa']}, {most} threads"
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    others = {case: rows for case, rows in cases.items() if not _CONTEXT.fullmatch(case)}
+    for suffix, draw, some in (("", plot_bars, others), ("-contexts", plot_contexts, cases)):
+        if some and (suffix == "" or len(others) < len(cases)):
+            made.append(folder / f"{path.parent.name}-{path.stem}{suffix}.png")
+            draw(some, title, made[-1])
+    return made
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -113,9 +205,8 @@ def main(argv: list[str] | None = None) -> None:
     if not files:
         flags.error(f"--results: expected <machine>/<question>.csv in it, got none in {arguments.results}")
     for path in files:
-        target = arguments.results / "plots" / f"{path.parent.name}-{path.stem}.png"
-        plot_results(path, target)
-        print(target)
+        for made in plot_results(path, arguments.results / "plots"):
+            print(made)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from razor_attention import alibi_slopes, ops
 
-from .harness import Row, assert_close, interleave, make_row, parser, read_bandwidth, report
+from .harness import FORMATS, Row, assert_close, interleave, make_row, measured, parser, report
 
 TOLERANCE = 1e-5  # of a bound near 0.8: another order of float32 additions
 
@@ -66,7 +66,7 @@ def windows(
     }
     flops = 2 * layers * shape.hidden**3
     nbytes = layers * (query.nbytes + key.nbytes)
-    row_format = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
+    row_format = next(name for name, of in FORMATS.items() if of == dtype)
     case = f"{layers} x {shape.num_heads} heads, hidden {shape.hidden}, {view}"
     return [
         make_row("windows", case, label, time, nbytes=nbytes, flops=flops, row_format=row_format, on=on)
@@ -80,18 +80,18 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--view", nargs="+", choices=VIEWS, default=list(VIEWS), help="how weights are cut into heads")
     flags.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), default=["float32"])
     arguments = flags.parse_args(argv)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    bandwidth, rows = read_bandwidth(), []
-    for dtype in arguments.dtype:
-        for view in arguments.view:
-            shape, layers = BAICHUAN_13B, arguments.layers
-            pair = windows(
-                shape, view, getattr(torch, dtype), rounds=arguments.rounds, layers=layers, on=arguments.machine
-            )
-            print(f"{dtype}, {view} heads: torch takes {pair[1].median_us / pair[0].median_us:.2f}x of ours")
-            rows += pair
-    report(rows, bandwidth, arguments.results, arguments.machine)
+
+    def bench() -> list[Row]:
+        rows = []
+        for dtype in arguments.dtype:
+            for view in arguments.view:
+                options = {"rounds": arguments.rounds, "layers": arguments.layers, "on": arguments.machine}
+                pair = windows(BAICHUAN_13B, view, getattr(torch, dtype), **options)
+                print(f"{dtype}, {view} heads: torch takes {pair[1].median_us / pair[0].median_us:.2f}x of ours")
+                rows += pair
+        return rows
+
+    report(measured(bench, arguments.threads), arguments.results)
 
 
 if __name__ == "__main__":

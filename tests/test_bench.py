@@ -2,6 +2,7 @@
 """The benches measure what they say, in turns, and write rows of one schema. Nothing here depends on a time."""
 
 import csv
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,17 +13,19 @@ from razor_attention.bench import alibi_demo, attention, cases, demo, harness, h
 from razor_attention.bench.questions import Asked, Question, asked_tokens, build_tokenizer, make_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from razor_attention import HeadScores, Plan
+from razor_attention import HeadScores, Plan, reference
 from razor_attention.reference import kept_tokens
 
 LAYER = cases.Layer(num_heads=4, num_kv_heads=2, head_dim=16)
 SHAPE = memory.Shape(hidden_size=64, intermediate_size=64, num_layers=4, num_heads=8, num_kv_heads=4)
-SCHEMA = "machine,isa,threads,question,case,format,plan,median_us,iqr_us,bytes,flops,gb_s,gflop_s,commit"
+SCHEMA = ",".join(harness.FIELDS)
 
 
 @pytest.fixture(autouse=True)
 def short_samples(monkeypatch):
     monkeypatch.setattr(harness, "_SAMPLE_SECONDS", 0.0)  # one call each
+    monkeypatch.setattr(harness, "_STREAM_BYTES", 1 << 16)
+    monkeypatch.setattr(harness, "_MATMUL_SIZE", 32)
 
 
 # --- harness
@@ -33,8 +36,8 @@ def test_rivals_take_turns():
     rivals = {name: lambda name=name: log.append(name) for name in "abc"}
     times = harness.interleave(rivals, rounds=7, warmup=2)
     assert list(times) == ["a", "b", "c"]
-    warm, turns = log[: 3 * 3], "".join(log[3 * 3 :])
-    assert warm == ["a"] * 3 + ["b"] * 3 + ["c"] * 3
+    warm, turns = log[: 3 * 2], "".join(log[3 * 2 :])
+    assert warm == ["a"] * 2 + ["b"] * 2 + ["c"] * 2
     assert turns == "abc" + "bca" + "cab" + "abc" + "bca" + "cab" + "abc"
     with pytest.raises(ValueError, match=r"^rounds: expected an integer >= 7, got 6$"):
         harness.interleave(rivals, rounds=6)
@@ -82,6 +85,31 @@ def test_rows(tmp_path):
 def test_machine_names_hold_no_host(model, slug):
     assert harness._slug(model) == slug
     assert re.fullmatch(r"[a-z0-9-]+-\d+c", harness.machine())
+
+
+def test_ceilings_and_their_share():
+    row = harness.make_row("q", "a", "x", harness.Timing(2000.0, 0.0), nbytes=4_000_000, flops=6_000_000, on="box")
+    bound = harness.under_ceilings(row, 4.0, 4.0)  # 1000 us of memory, 1500 us of products
+    assert (bound.ceiling_gb_s, bound.ceiling_gflop_s, bound.roofline) == (4.0, 4.0, 0.75)
+    assert harness.under_ceilings(row, 4.0, 0.0).roofline == 0.5
+    assert harness.under_ceilings(row, 1.0, 4.0).roofline == 2.0
+    assert harness.matmul_peak("bf16", 32) > 0
+
+
+def test_measured_takes_each_number_of_threads(monkeypatch):
+    before, speeds = torch.get_num_threads(), iter([3.0, 5.0, 9.0, 8.0])
+    monkeypatch.setattr(harness, "read_bandwidth", lambda _: next(speeds))
+    monkeypatch.setattr(harness, "matmul_peak", lambda name, _: {"bf16": 50.0, "f32": 10.0}[name])
+
+    def bench():
+        time_us = harness.Timing(1.0, 0.0)
+        return [harness.make_row("q", "a", n, time_us, nbytes=1, flops=1, row_format=n) for n in ("bf16", "f32")]
+
+    rows = harness.measured(bench, [1, 2])
+    assert [(row.threads, row.ceiling_gb_s, row.ceiling_gflop_s) for row in rows] == [
+        (1, 5.0, 50.0), (1, 5.0, 10.0), (2, 9.0, 50.0), (2, 9.0, 10.0),
+    ]  # fmt: skip
+    assert torch.get_num_threads() == before
 
 
 def test_table_and_bandwidth():
@@ -136,8 +164,9 @@ def test_attention_bench(monkeypatch):
     assert by_plan["full op"].bytes == by_plan["sdpa"].bytes == 2 * 101 * LAYER.row_bytes
     assert by_plan["streaming op"].bytes == 2 * 11 * LAYER.row_bytes
     assert by_plan["sdpa"].flops == 4 * 4 * 101 * 16
-    rows = attention.prefill(LAYER, 70, rounds=7, name="70")
-    assert [row.case for row in rows] == ["prefill 70"] * 4
+    rows = attention.prefill(LAYER, 70, rounds=7, name="70", flex=False)
+    assert [row.plan for row in rows] == ["full attend", "mean attend", "streaming attend", "sdpa"]
+    assert {row.case for row in rows} == {"prefill 70"}
     assert rows[0].flops == rows[-1].flops == 4 * 4 * 16 * (70 * 71 // 2)
 
 
@@ -147,23 +176,17 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
         attention.decode(LAYER, 50, rounds=7, walk_bytes=1, name="50")
 
 
-def test_head_scores_bench():
-    scores, sdpa = head_scores.scores(LAYER, 10, rounds=7)
-    assert (scores.plan, sdpa.plan, scores.case) == ("scores", "sdpa", "41 tokens")
-    assert sdpa.flops == 2 * scores.flops
-
-
 def test_windows_bench(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(windows, "BAICHUAN_13B", windows.Shape(num_heads=3, hidden=48))
-    monkeypatch.setattr(windows, "read_bandwidth", lambda: 10.0)
+    monkeypatch.setattr(harness, "read_bandwidth", lambda _: 10.0)
     wanted = ["--results", str(tmp_path), "--machine", "box", "--rounds", "7", "--layers", "2"]
     windows.main([*wanted, "--dtype", "float32", "bfloat16"])
     with (tmp_path / "box" / "windows.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["plan"] for row in rows] == ["stream", *["windows", "torch"] * 4]
-    assert [row["format"] for row in rows] == ["f32"] * 5 + ["bf16"] * 4
-    assert int(rows[1]["flops"]) == 2 * 2 * 48**3
-    assert int(rows[1]["bytes"]) == 2 * 2 * 48 * 48 * 4
+    assert [row["plan"] for row in rows] == ["windows", "torch"] * 4
+    assert [row["format"] for row in rows] == ["f32"] * 4 + ["bf16"] * 4
+    assert int(rows[0]["flops"]) == 2 * 2 * 48**3
+    assert int(rows[0]["bytes"]) == 2 * 2 * 48 * 48 * 4
     assert "bfloat16, input-columns heads: torch takes " in capsys.readouterr().out
     monkeypatch.setattr(windows, "by_torch", lambda query, key: torch.zeros(3))
     with pytest.raises(RuntimeError, match=r"^windows, true heads: expected a difference <= 1e-05, got "):
@@ -171,14 +194,14 @@ def test_windows_bench(monkeypatch, tmp_path, capsys):
 
 
 def test_main_prints_and_appends(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(harness, "_STREAM_BYTES", 1 << 16)
     monkeypatch.setattr(head_scores, "LLAMA3_8B", LAYER)
-    monkeypatch.setattr(head_scores, "read_bandwidth", lambda: 10.0)
+    monkeypatch.setattr(head_scores, "row_by_row", lambda *part: reference.head_scores(*part, scale=0.25))
+    monkeypatch.setattr(harness, "read_bandwidth", lambda _: 10.0)
     head_scores.main(["--results", str(tmp_path), "--machine", "box", "--rounds", "7"])
     with (tmp_path / "box" / "head_scores.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["plan"] for row in rows] == ["stream", "scores", "sdpa"]
-    assert float(rows[0]["gb_s"]) == 10.0
+    assert [row["plan"] for row in rows] == ["scores", "sdpa", "row by row"]
+    assert {float(row["ceiling_gb_s"]) for row in rows} == {10.0}
     assert {row["machine"] for row in rows} == {"box"}
     assert "stream 10.0 GB/s" in capsys.readouterr().out
 
@@ -309,17 +332,26 @@ def test_plots(tmp_path, capsys):
     plot.plot_scores(scores, scores.select(0.5, 0.2), tmp_path / "scores.png")
     assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
     time_us = harness.Timing(5.0, 1.0)
+    names = [f"{phase} {k}k" for phase in ("decode", "prefill") for k in (8, 32, 16)]
     rows = [
-        harness.make_row("q", case, plan, time_us, nbytes=9, on="box") for case in "ab" for plan in ("full", "sdpa")
+        harness.make_row("q", case, plan, time_us, nbytes=9, on="box")
+        for case in ("a", "b", *names)
+        for plan in ("full attend", "full op", "sdpa")
     ]
     harness.append_rows(rows, tmp_path)
     newer = harness.make_row("q", "a", "sdpa", harness.Timing(7.0, 1.0), nbytes=9, on="box")
-    path = harness.append_rows([newer], tmp_path)
-    assert plot.latest(path)["a"]["sdpa"]["median_us"] == "7.0"
+    few = dataclasses.replace(newer, median_us=14.0, threads=0)
+    path = harness.append_rows([newer, few], tmp_path)
+    cases_of = plot.latest(path)
+    assert cases_of["a"]["sdpa"]["median_us"] == "7.0"
+    assert cases_of["a, 0 threads"]["sdpa"]["median_us"] == "14.0"
+    assert [at for at, _ in plot.contexts(cases_of, "decode")["full attend"]] == [8192, 16384, 32768]
     (path.parent / "demo.csv").write_text("length,method\n")  # not one of these
     plot.main(["--results", str(tmp_path)])
-    assert (tmp_path / "plots" / "box-q.png").read_bytes().startswith(b"\x89PNG")
-    assert capsys.readouterr().out == f"{tmp_path}/plots/box-q.png\n"
+    pictures = [f"{tmp_path}/plots/box-q.png", f"{tmp_path}/plots/box-q-contexts.png"]
+    assert capsys.readouterr().out.splitlines() == pictures
+    for picture in pictures:
+        assert Path(picture).read_bytes().startswith(b"\x89PNG")
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit):
         plot.main(["--results", str(tmp_path / "empty")])

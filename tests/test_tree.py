@@ -23,7 +23,10 @@ import razor_attention
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_LINES = 500
-CSV_HEADER = "machine,isa,threads,question,case,format,plan,median_us,iqr_us,bytes,flops,gb_s,gflop_s,commit"
+CSV_HEADER = (
+    "machine,isa,threads,question,case,format,plan,median_us,iqr_us,bytes,flops,gb_s,gflop_s,"
+    "ceiling_gb_s,ceiling_gflop_s,roofline,commit"
+)
 
 
 def files(*patterns: str) -> list[Path]:
@@ -382,7 +385,9 @@ def test_core_header_is_run_by(header: str) -> None:
 def wrong_rows(text: str) -> list[list[str]]:
     """Rows of a results file that do not fit the schema, the header first."""
     header, *rows = csv.reader(io.StringIO(text))
-    numbers = [CSV_HEADER.split(",").index(c) for c in ("median_us", "iqr_us", "bytes", "flops", "gb_s", "gflop_s")]
+    numbers = [
+        CSV_HEADER.split(",").index(c) for c in ("median_us", "iqr_us", "bytes", "flops", "gb_s", "gflop_s", "roofline")
+    ]
     wrong = [] if header == CSV_HEADER.split(",") else [header]
     for row in rows:
         try:
@@ -492,5 +497,5 @@ def test_other_checks() -> None:
     assert machine_paths("https://a.org/home/x, python/tmp/x") == []
     assert OPEN_MP.search("#pragma omp parallel for")
     assert wrong_rows("machine,isa\n")
-    assert wrong_rows(f"{CSV_HEADER}\na,b,1,q,c,f,p,fast,1,1,1,1,1,d\n")
-    assert not wrong_rows(f"{CSV_HEADER}\na,b,1,q,c,f,p,1.5,1,1,1,1,1,d\n")
+    assert wrong_rows(f"{CSV_HEADER}\na,b,1,q,c,f,p,fast,1,1,1,1,1,1,1,0.5,d\n")
+    assert not wrong_rows(f"{CSV_HEADER}\na,b,1,q,c,f,p,1.5,1,1,1,1,1,1,1,0.5,d\n")

@@ -270,4 +270,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--length", type=_integer(1), nargs="+", default=[4096, 8192], help=text)
     made.add_argument("--questions", type=_integer(1), default=20, help="of each length (default: 20)")
     made.add_argument("--model", type=_checkpoint, help="folder of another model made by bench/train_model.py")
+
+    made = add("bench", command.bench, "time attention and head scores on this machine, in a minute", "--threads 1")
+    made.add_argument("--threads", type=_integer(1), default=0, help="threads of torch (default: its own choice)")
     return parser

@@ -212,6 +212,11 @@ def demo(arguments: Namespace) -> None:
     print(f"\nin {arguments.out}: {', '.join(sorted(path.name for path in arguments.out.iterdir()))}")
 
 
+def bench(arguments: Namespace) -> None:
+    """Time the main figures on this machine."""
+    _bench("quick").run(threads=arguments.threads)
+
+
 class _Clock:
     """A streamer for `generate` which notes when tokens come: first the prompt, then each new one."""
 

@@ -49,7 +49,8 @@ def attention(
     `logit = scale * q.mean_k + log(dropped)` (RazorAttention, compensation token; the weight is added after scaling).
     `dense`: every token of this call and every row that the cache still has are read exactly (the paper's prefill).
     A query that sees nothing yields zeros. A value that is not finite may also reach the other queries of its kv head
-    in the call, as 0 * NaN does in any product of matrices. The cache is only read: call `append` afterwards with the same tokens.
+    in the call, as 0 * NaN does in any product of matrices. The cache is only read: call `append` afterwards with the
+    same tokens.
 
     Args:
         query: (batch, num_heads, q_len, head_dim), f32 | bf16 | f16. Rotated queries; strides free but the last.

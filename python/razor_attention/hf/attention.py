@@ -26,8 +26,8 @@ def razor_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
     dropout: float = 0.0,
+    scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function registered as "razor"; the layer's cache comes with `key` (see cache.py).
@@ -38,8 +38,8 @@ def razor_attention(
         key: (batch, num_kv_heads, q_len, head_dim), dtype of query; tagged by RazorLayer.update.
         value: (batch, num_kv_heads, q_len, head_dim), dtype of query.
         attention_mask: (2, batch), int64, or (batch, kv_length), bool, from `razor_mask`; None without padding.
+        dropout: must be 0. It stands sixth as in transformers' sdpa: wrappers around it (kvpress) pass it by place.
         scaling: factor on q.k; None: head_dim ** -0.5.
-        dropout: must be 0.
 
     Returns:
         ((batch, q_len, num_heads, head_dim), None).

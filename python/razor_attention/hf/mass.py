@@ -80,8 +80,8 @@ def mass_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
     dropout: float = 0.0,
+    scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function registered as "razor_mass": plain causal ALiBi attention that measures its windows."""
