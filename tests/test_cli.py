@@ -21,7 +21,7 @@ ROPE = (
 )
 TEXT = "mia hid lamp rope coin bell . the old wind moves over the quiet hill . ? mia hid"
 PNG = b"\x89PNG\r\n"
-COMMANDS = ["heads", "windows", "plan", "inspect", "export", "generate", "demo", "bench"]
+COMMANDS = ["heads", "windows", "gates", "plan", "inspect", "export", "generate", "demo", "bench"]
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +312,7 @@ def test_help_has_an_example_that_parses(name, capsys, model, monkeypatch):
     ("line", "message"),
     [
         ("", "COMMAND: expected a value, got none"),
-        ("fly", "COMMAND: expected one of heads, windows, plan, inspect, export, generate, demo, bench, got 'fly'"),
+        ("fly", "COMMAND: expected one of heads, windows, gates, plan, inspect, export, generate, demo, bench, got 'fly'"),
         ("heads", "MODEL: expected a value, got none"),
         ("heads nowhere", "MODEL: expected a folder with a transformers checkpoint, got 'nowhere'"),
         ("heads MODEL --period 0", "--period: expected an integer >= 1, got '0'"),

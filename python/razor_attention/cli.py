@@ -197,6 +197,25 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--tokens", type=_integer(2), default=4096, help="most of them that are read (default: 4096)")
     made.add_argument("--dtype", choices=command.DTYPES, default="auto", help="in which the text is read")
 
+    made = add(
+        "gates", command.gates, "train DuoAttention's gates, a choice of heads", "my-model --text book.txt --out gates"
+    )
+    made.add_argument("model", **model)
+    made.add_argument("--out", type=_folder, default=Path("gates"), help="DuoAttention's folder (default: gates)")
+    group = made.add_mutually_exclusive_group(required=True)
+    group.add_argument("--text", type=_source, metavar="FILE", help="text that passkeys are hidden in")
+    text = 'JSON lines {"prompt": ..., "answer": ...} that need far tokens, one a step'
+    group.add_argument("--samples", type=_source, metavar="FILE", help=text)
+    made.add_argument("--sink-size", type=_integer(0), default=128, help="of the compressed half (default: 128)")
+    made.add_argument("--window-size", type=_integer(1), default=256, help="likewise (default: 256)")
+    made.add_argument("--steps", type=_integer(1), default=2000, help="optimiser steps (default: 2000)")
+    made.add_argument("--learning-rate", type=_number, default=0.02, help="highest one (default: 0.02)")
+    made.add_argument("--l1", type=_number, default=0.05, help="weight of the mean gate in the loss (default: 0.05)")
+    made.add_argument("--seed", type=_integer(0), default=0, help="of the passkeys (default: 0)")
+    made.add_argument("--checkpoint", type=_target, help="state of training; where it exists training goes on")
+    made.add_argument("--recompute", action="store_true", help="less memory, more time: for large models")
+    made.add_argument("--dtype", choices=command.DTYPES, default="auto", help="of the weights (default: auto)")
+
     made = add("plan", command.plan, "make a plan", "--heads heads.pt --model my-model --out plan.json")
     group = made.add_mutually_exclusive_group(required=True)
     group.add_argument("--heads", type=_source, help="retrieval heads, .pt, .json or MindIE's .py: these are full")

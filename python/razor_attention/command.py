@@ -92,6 +92,28 @@ def windows(arguments: Namespace) -> None:
     print(f"wrote {', '.join(str(path) for path in (arguments.out, arguments.plot) if path)}")
 
 
+def gates(arguments: Namespace) -> None:
+    """Train one gate for each kv head and write DuoAttention's pattern folder."""
+    from .duo import read_samples, train_gates
+    from .hf.models import load_model
+
+    if not arguments.out.absolute().parent.is_dir():  # checked before the work, not after it
+        raise ValueError(f"--out: expected a folder in an existing folder, got {str(arguments.out)!r}")
+    model, tokenizer = load_model(arguments.model, arguments.dtype)
+    names = "sink_size", "window_size", "steps", "learning_rate", "l1", "seed", "checkpoint", "recompute"
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+    if arguments.text:
+        options["text"] = arguments.text.read_text()
+    else:
+        options["samples"] = read_samples(arguments.samples, tokenizer)
+    trained = train_gates(model, tokenizer, **options)
+    trained.save(arguments.out)
+    for layer, row in enumerate(trained.gates.tolist()):
+        print(f"{layer:>5}  " + " ".join(f"{gate:.2f}" for gate in row))
+    print("1 full, 0 sinks + window; one column for each kv head")
+    print(f"wrote {arguments.out}; next: razor plan --gates {arguments.out}/full_attention_heads.tsv")
+
+
 def plan(arguments: Namespace) -> None:
     """Make a plan from one of the sources, write and describe it."""
     source = next(name for name in _POLICY if getattr(arguments, name))
@@ -265,18 +287,10 @@ def _make_plan(source: str, file: Any, policy: dict[str, Any], layers: int | Non
     if source == "windows":
         return Plan.from_windows(files.load_windows(file), **size)
     if source == "gates":
-        made = Plan.from_gates(_gates(file), sparsity=policy["sparsity"], sink_size=sinks, window_size=window)
+        made = Plan.from_gates(files.load_gates(file), sparsity=policy["sparsity"], sink_size=sinks, window_size=window)
         made.check_model(layers or made.num_layers, kv_heads or made.num_kv_heads)
         return made
     return Plan.streaming(sink_size=sinks, window_size=window, **size)
-
-
-def _gates(path: Path) -> torch.Tensor:
-    """(layers, kv heads), float32: DuoAttention's full_attention_heads.tsv."""
-    try:
-        return torch.tensor([[float(cell) for cell in line.split()] for line in path.read_text().splitlines()])
-    except ValueError as error:
-        raise ValueError(f"{path}: expected a line of numbers for each layer, got {error}") from error
 
 
 def _windows(path: Path) -> torch.Tensor | None:
