@@ -200,8 +200,10 @@ def main(argv: list[str] | None = None) -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--results", type=Path, default=RESULTS, help=f"folder of the CSV files (default: {RESULTS})")
     arguments = flags.parse_args(argv)
-    # The demos' tables have columns of their own, and pictures of their own: scores.png, alibi_windows.png.
-    files = sorted(path for path in arguments.results.glob("*/*.csv") if not path.name.endswith("demo.csv"))
+    # Tables with columns of their own have pictures of their own: scores.png, alibi_windows.png, plot_eval.py's.
+    files = sorted(
+        path for path in arguments.results.glob("*/*.csv") if not path.name.endswith(("demo.csv", "methods.csv"))
+    )
     if not files:
         flags.error(f"--results: expected <machine>/<question>.csv in it, got none in {arguments.results}")
     for path in files:

@@ -21,7 +21,7 @@ ROPE = (
 )
 TEXT = "mia hid lamp rope coin bell . the old wind moves over the quiet hill . ? mia hid"
 PNG = b"\x89PNG\r\n"
-COMMANDS = ["heads", "windows", "gates", "plan", "inspect", "export", "generate", "demo", "bench"]
+COMMANDS = ["heads", "windows", "gates", "plan", "inspect", "export", "generate", "eval", "demo", "bench"]
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +171,25 @@ def test_plan_from_heads(model, capsys):
     assert Plan.load("plan.json") == Plan.from_heads({0: [1], 2: [0]}, num_layers=3, num_kv_heads=2, **rule)
 
 
+def test_plan_within_a_budget(model, capsys):  # a page and a sum for each head: 66 of 1024 rows of bf16
+    echo, induction = torch.zeros(3, 4), torch.arange(12.0).view(3, 4) / 12
+    scores = HeadScores(echo, induction, 2, {"model": "tiny", "seed": 7})
+    scores.save("s.json")
+    rule = {"sink_size": 2, "min_window": 62, "window_fraction": 0.0}
+    flags = "--sink-size", 2, "--window-size", 62, "--window-fraction", 0
+    razor("plan", "--scores", "s.json", "--budget", 0.5, "--length", 1000, "--model", model, *flags)
+    plan = Plan.load("plan.json")
+    assert plan == Plan.from_ranking(scores.ranking(), budget=0.5, seq_len=1000, dtype=torch.float32, **rule)
+    assert (plan.provenance["budget"], plan.provenance["seed"]) == (0.5, 7)
+    shares = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("    1000")]
+    held, whole = (one.kv_bytes(1000, head_dim=8, dtype=torch.float32) for one in (plan, Plan.full(3, 2)))
+    assert shares[0][-1] == f"{held / whole:.3f}"
+    assert held <= whole / 2
+    none = "budget: expected at least 0.065, the smallest share at 1000 tokens, got 0.01; smaller windows or sinks"
+    code, error = fails(capsys, "plan", "--scores", "s.json", "--budget", 0.01, "--length", 1000, *flags)
+    assert (code, error[: len(none) + 7]) == (2, f"razor: {none}")
+
+
 def test_plan_from_the_other_sources():
     size = "--layers", 3, "--kv-heads", 2
     razor("plan", "--full", *size)
@@ -303,7 +322,7 @@ def test_help_has_an_example_that_parses(name, capsys, model, monkeypatch):
         Path(file).touch()
     Path("my-model").symlink_to(model)
     ran = []
-    monkeypatch.setattr(command, name, ran.append)
+    monkeypatch.setattr(command, {"eval": "evaluate"}.get(name, name), ran.append)  # eval is Python's
     razor(*example[1:])
     assert len(ran) == 1
 
@@ -312,7 +331,7 @@ def test_help_has_an_example_that_parses(name, capsys, model, monkeypatch):
     ("line", "message"),
     [
         ("", "COMMAND: expected a value, got none"),
-        ("fly", "COMMAND: expected one of heads, windows, gates, plan, inspect, export, generate, demo, bench, got 'fly'"),
+        ("fly", f"COMMAND: expected one of {', '.join(COMMANDS)}, got 'fly'"),
         ("heads", "MODEL: expected a value, got none"),
         ("heads nowhere", "MODEL: expected a folder with a transformers checkpoint, got 'nowhere'"),
         ("heads MODEL --period 0", "--period: expected an integer >= 1, got '0'"),
@@ -320,11 +339,13 @@ def test_help_has_an_example_that_parses(name, capsys, model, monkeypatch):
         ("heads MODEL --echo-ratio 1.5", "--echo-ratio: expected a number in 0..1, got '1.5'"),
         ("heads MODEL --out no/h.pt", "--out: expected a file in an existing folder, got 'no/h.pt'"),
         ("heads MODEL --fast", "arguments: expected those that --help shows, got --fast"),
-        ("plan", "--heads --windows --gates --streaming --full: expected one of them, got none"),
+        ("plan", "--heads --scores --windows --gates --streaming --full: expected one of them, got none"),
         ("plan --full --streaming", "--streaming: expected to stand without --full, got both"),
         ("plan --full", "--layers, --kv-heads: expected both, or --model, got fewer"),
+        ("plan --scores s.json --budget 0.3", "--budget, --length: expected both with --scores, got fewer"),
         ("plan --full --layers", "--layers: expected one argument, got none"),
-        ("plan --full --sink-size 4", "--sink-size: expected --heads or --gates or --streaming with it, got --full"),
+        ("plan --full --sink-size 4", "--sink-size: expected --heads or --scores or --gates or --streaming with it, "
+         "got --full"),
         ("plan --gates bad.tsv", "bad.tsv: expected a line of numbers for each layer, got could not convert string to "
          "float: 'one'"),
         ("plan --full --model MODEL --layers 9", "plan: expected 3 layers x 2 kv heads like the model, got 9 x 2"),
@@ -347,6 +368,7 @@ def test_bad_input(model, capsys, line, message):
     Path("bad.json").write_text('{"format": "other"}')
     Path("bad.tsv").write_text("one two")
     Plan.full(9, 9).save("wide.json")
+    HeadScores(torch.zeros(3, 4), torch.zeros(3, 4), 2).save("s.json")
     code, error = fails(capsys, *(str(model) if word == "MODEL" else word for word in line.split()))
     assert (code, error.splitlines()[-1]) == (2, f"razor: {message}")
     assert "Traceback" not in error

@@ -236,7 +236,9 @@ def test_products_of_bf16_are_used_where_they_exist(path: Path) -> None:
 
 # Another processor.
 
-KERNELS = set("add_rows attention_block decode_runs dot largest_product load_row score_block store_row".split())
+KERNELS = {"add_rows", "attention_block", "decode_runs", "dot", "largest_product", "load_row", "score_block"} | {
+    "store_row"
+}
 CROSS, EMULATOR = "aarch64-linux-gnu-", "qemu-aarch64-static"
 
 

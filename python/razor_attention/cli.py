@@ -219,21 +219,25 @@ def _parser() -> argparse.ArgumentParser:
     made = add("plan", command.plan, "make a plan", "--heads heads.pt --model my-model --out plan.json")
     group = made.add_mutually_exclusive_group(required=True)
     group.add_argument("--heads", type=_source, help="retrieval heads, .pt, .json or MindIE's .py: these are full")
+    text = "scores of all heads (razor heads --scores): the highest that --budget pays for are full"
+    group.add_argument("--scores", type=_source, help=text)
     group.add_argument("--windows", type=_source, help="window of each head of an ALiBi model, .pt")
     group.add_argument("--gates", type=_source, help="DuoAttention's full_attention_heads.tsv: the highest are full")
     group.add_argument("--streaming", action="store_true", help="no head is full (StreamingLLM)")
     group.add_argument("--full", action="store_true", help="every head is full")
     made.add_argument("--out", type=_target, default=Path("plan.json"), help="plan file (default: plan.json)")
     made.add_argument("--model", **model)
+    made.add_argument("--budget", type=_share, help="share of the full cache's bytes to stay within; scores only")
+    made.add_argument("--length", type=_integer(1), help="tokens at which the budget holds; scores only")
     made.add_argument("--layers", type=_integer(1), help="layers of the model, if it is not given")
     made.add_argument("--kv-heads", type=_integer(1), help="kv heads of each layer, likewise")
     made.add_argument("--sink-size", type=_integer(0), help="first tokens kept (default: 4; 64 for gates)")
     text = "last tokens kept (default: 4000; 256 for gates)"
     made.add_argument("--window-size", "--min-window", type=_integer(0), help=text)
     made.add_argument(
-        "--window-fraction", type=_share, help="of the prompt, if that is more; heads only (default: 0.2)"
+        "--window-fraction", type=_share, help="of the prompt, if that is more; heads and scores (default: 0.2)"
     )
-    text = "do without the row that stands for dropped tokens; heads only"
+    text = "do without the row that stands for dropped tokens; heads and scores"
     made.add_argument("--no-compensation", action="store_const", const=True, help=text)
     made.add_argument("--sparsity", type=_share, help="share of compressed heads; gates only (default: 0.5)")
 
@@ -280,6 +284,42 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--prefill", choices=("dense", "streaming"), default="dense", help=text)
     made.add_argument("--chunk", type=_integer(1), help="tokens of the prompt in one call (default: all)")
     made.add_argument("--compare", action="store_true", help="also generate with the full cache")
+
+    made = add(
+        "eval",
+        command.evaluate,
+        "ask a model what it still finds with caches of the same size",
+        "my-model --tasks needle multikey --lengths 4096 --budget 0.2 0.3 --out results",
+    )
+    made.add_argument("model", **model)
+    made.add_argument("--out", type=_folder, default=Path("razor-eval"), help="folder of results (default: razor-eval)")
+    text = "of needle, multikey, tracking, copy, multiturn, perplexity (default: needle multikey)"
+    made.add_argument("--tasks", nargs="+", default=["needle", "multikey"], metavar="TASK", help=text)
+    text = "tokens of the prompts (default: 4096)"
+    made.add_argument("--lengths", type=_integer(64), nargs="+", default=[4096], metavar="N", help=text)
+    text = "shares of the full cache's bytes (default: 0.2 0.3)"
+    made.add_argument("--budget", type=_positive_share, nargs="+", default=[0.2, 0.3], metavar="SHARE", help=text)
+    text = (
+        "full, streaming, random, razor, razor-echo, razor-induction, the last three also with -uncompensated, "
+        "duo=FOLDER, plan=FILE; of kvpress, if installed, snapkv, expected-attention, both also with -asked: dropping "
+        "tokens when the question is known (default: full streaming random razor razor-uncompensated)"
+    )
+    names = ["full", "streaming", "random", "razor", "razor-uncompensated"]
+    made.add_argument("--methods", nargs="+", default=names, metavar="METHOD", help=text)
+    made.add_argument("--samples", type=_integer(1), default=20, help="of each task, length and depth (default: 20)")
+    made.add_argument("--seed", type=_integer(0), default=0, help="of the samples (default: 0)")
+    made.add_argument("--depths", type=_integer(1), default=5, help="places of the needle (default: 5)")
+    made.add_argument("--text", type=_source, metavar="FILE", help="what perplexity reads")
+    made.add_argument(
+        "--task-file", type=_source, metavar="FILE", help="sentences of the tasks, JSON (default: English)"
+    )
+    text = "scores of all heads, JSON (default: find them, with a probe of 2500 x 4 tokens)"
+    made.add_argument("--scores", type=_source, metavar="FILE", help=text)
+    made.add_argument("--sink-size", type=_integer(0), default=4, help="first tokens kept (default: 4)")
+    text = "least window of heads that are not full; what a budget leaves widens it (default: 60)"
+    made.add_argument("--window-size", type=_integer(1), default=60, help=text)
+    made.add_argument("--prefill", choices=("dense", "streaming"), default="dense", help="as of generate")
+    made.add_argument("--dtype", choices=command.DTYPES, default="auto", help="of the weights (default: auto)")
 
     made = add("demo", command.demo, "try two small models with full and compressed caches", "--length 4096 8192")
     made.add_argument(

@@ -23,6 +23,10 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 LENGTHS = (4096, 8192, 16384, 32768, 131072)  # tokens, where sizes are shown
 _POLICY: dict[str, dict[str, Any]] = {  # source of a plan -> the policy flags that it takes, and their defaults
     "heads": {"sink_size": 4, "window_size": 4000, "window_fraction": 0.2, "no_compensation": False},
+    "scores": {
+        **{"sink_size": 4, "window_size": 4000, "window_fraction": 0.2, "no_compensation": False},
+        **{"budget": None, "length": None},
+    },
     "windows": {},
     "gates": {"sink_size": 64, "window_size": 256, "sparsity": 0.5},
     "streaming": {"sink_size": 4, "window_size": 4000},
@@ -124,9 +128,9 @@ def plan(arguments: Namespace) -> None:
 
         geometry, dtype = load_geometry(arguments.model)
         layers, kv_heads = layers or geometry.num_layers, kv_heads or geometry.num_kv_heads
-    if source != "gates" and None in (layers, kv_heads):
+    if source not in ("gates", "scores") and None in (layers, kv_heads):
         raise ValueError("--layers, --kv-heads: expected both, or --model, got fewer")
-    made = _make_plan(source, getattr(arguments, source), policy, layers, kv_heads)
+    made = _make_plan(source, getattr(arguments, source), policy, layers, kv_heads, dtype)
     if geometry:
         made.check_model(geometry.num_layers, geometry.num_kv_heads)
     file = getattr(arguments, source)
@@ -136,7 +140,7 @@ def plan(arguments: Namespace) -> None:
     made.save(arguments.out)
     print(made)
     if geometry:
-        _print_sizes(made, LENGTHS, geometry.head_dim, dtype)
+        _print_sizes(made, sorted({*LENGTHS, policy.get("length", LENGTHS[0])}), geometry.head_dim, dtype)
     print(f"wrote {arguments.out}")
 
 
@@ -218,6 +222,51 @@ def generate(arguments: Namespace) -> None:
     print(f"{answer}\nrazor: {_size(cache.nbytes)} of KV for {tokens} tokens, {share}; {clock}")
 
 
+def evaluate(arguments: Namespace) -> None:
+    """Ask generated questions with the cache kept in different ways; results.csv and pictures of it."""
+    from . import find_heads
+    from .hf import eval as hf_eval
+    from .hf.models import geometry, load_model, text_config
+
+    plot, out = _bench("plot_eval").plot_eval, arguments.out
+    model, tokenizer = load_model(arguments.model, arguments.dtype)
+    longest = getattr(text_config(model.config), "max_position_embeddings", None) or 10**9
+
+    def scores() -> HeadScores:
+        if arguments.scores:
+            return HeadScores.load(arguments.scores)
+        found = find_heads(model, tokenizer, period=min(2500, (longest - 1) // 4))
+        out.mkdir(parents=True, exist_ok=True)
+        found.save(out / "scores.json")
+        return found
+
+    policy = {"sink_size": arguments.sink_size, "window_size": arguments.window_size}
+    methods = hf_eval.make_methods(
+        arguments.methods, geometry(model.config), model.dtype, scores=scores, gates=_duo_gates, **policy
+    )
+    settings = hf_eval.Settings(
+        tasks=arguments.tasks,
+        lengths=arguments.lengths,
+        budgets=arguments.budget,
+        samples=arguments.samples,
+        seed=arguments.seed,
+        depths=arguments.depths,
+        prefill=arguments.prefill,
+        text=arguments.text.read_text() if arguments.text else None,
+        **({"task_file": hf_eval.TaskFile.load(arguments.task_file)} if arguments.task_file else {}),
+    )
+    sources = {name: str(getattr(arguments, name) or "") for name in ("text", "scores", "dtype")}
+    rows = hf_eval.evaluate(model, tokenizer, methods, out, settings, fixed={**policy, **sources})
+    print(hf_eval.summary(rows))
+    written = [out / "results.csv", *plot(out / "results.csv", out)]
+    print(f"wrote {', '.join(str(path) for path in written)}")
+
+
+def _duo_gates(folder: str) -> tuple[torch.Tensor, int, int]:
+    """Gates, sinks and window of DuoAttention's folder."""
+    return files.load_gates(folder), *files.load_gate_sizes(folder)
+
+
 def demo(arguments: Namespace) -> None:
     """Run the demo with the shipped models, or its first half with another one of its kind."""
     from .hf.models import load_model
@@ -277,13 +326,24 @@ def _policy(source: str, arguments: Namespace) -> dict[str, Any]:
     return policy
 
 
-def _make_plan(source: str, file: Any, policy: dict[str, Any], layers: int | None, kv_heads: int | None) -> Plan:
+def _make_plan(
+    source: str, file: Any, policy: dict[str, Any], layers: int | None, kv_heads: int | None, dtype: torch.dtype
+) -> Plan:
     sinks, window = policy.get("sink_size", 0), policy.get("window_size", FULL)
     size: dict[str, Any] = {"num_layers": layers, "num_kv_heads": kv_heads}
-    if source == "heads":
-        rule = {"window_fraction": policy["window_fraction"], "compensate": not policy["no_compensation"]}
-        found = mindie_heads(file, size["num_layers"], sinks) if file.suffix == ".py" else files.load_heads(file)
-        return Plan.from_heads(found, sink_size=sinks, min_window=window, **size, **rule)
+    if source in ("heads", "scores"):
+        rule: dict[str, Any] = {"sink_size": sinks, "min_window": window, "compensate": not policy["no_compensation"]}
+        rule["window_fraction"] = policy["window_fraction"]
+        if source == "heads":
+            found = mindie_heads(file, size["num_layers"], sinks) if file.suffix == ".py" else files.load_heads(file)
+            return Plan.from_heads(found, **size, **rule)
+        if None in (budget := policy["budget"], length := policy["length"]):
+            raise ValueError("--budget, --length: expected both with --scores, got fewer")
+        scores = HeadScores.load(file)
+        rule["provenance"] = scores.provenance
+        made = Plan.from_ranking(scores.ranking(), budget=budget, seq_len=length, dtype=dtype, **rule)
+        made.check_model(layers or made.num_layers, kv_heads or made.num_kv_heads)
+        return made
     if source == "windows":
         return Plan.from_windows(files.load_windows(file), **size)
     if source == "gates":

@@ -4,6 +4,7 @@
 The scores themselves are computed by `ops.head_scores`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +69,28 @@ class HeadScores:
         ratios = check_share("induction_ratio", induction_ratio), check_share("echo_ratio", echo_ratio)
         echo, induction = self.group_max()
         return {"induction": _highest(induction, ratios[0]), "echo": _highest(echo, ratios[1])}
+
+    def ranking(self, echo_share: float = 1 / 15) -> Tensor:
+        """All kv heads in the order in which a growing budget makes them full; see `Plan.from_ranking`.
+
+        Of the first n heads, floor(n * echo_share) are the highest by echo score and the others the highest by
+        induction score that are still left. Equal scores go by layer, then by head.
+
+        Args:
+            echo_share: in [0, 1]; the published ratios, 1 % by echo and 14 % by induction, are 1/15.
+        Returns:
+            (num_layers, num_kv_heads), int64: 0 for the first head, 1 for the next, ...
+        Raises:
+            ValueError: echo_share: expected a number in 0..1, got 2
+        """
+        share = check_share("echo_share", echo_share)
+        orders = [side.flatten().argsort(descending=True, stable=True).tolist() for side in self.group_max()]
+        left = [iter(order) for order in orders]
+        ranks: dict[int, int] = {}  # kv head, counted through all layers -> its place
+        for place in range(len(orders[0])):
+            by_echo = math.floor((place + 1) * share) > math.floor(place * share)
+            ranks[next(head for head in left[0 if by_echo else 1] if head not in ranks)] = place
+        return torch.tensor([ranks[head] for head in range(len(ranks))]).view(len(self.echo), self.num_kv_heads)
 
     def save(self, path: PathLike) -> None:
         """Write scores and provenance as JSON, atomically; `load` gives back the same bits.

@@ -4,7 +4,9 @@
 Tables are [num_layers, num_kv_heads], sizes in tokens. A plan knows nothing about models, devices or caches.
 """
 
+import math
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -181,6 +183,61 @@ class Plan:
         plan = cls.streaming(full.shape[0], full.shape[1], sink_size, window_size)
         windows = plan.window_size.masked_fill(full, FULL)
         return replace(plan, window_size=windows, provenance=provenance or {})
+
+    @classmethod
+    def from_ranking(
+        cls,
+        ranking: Tensor,
+        *,
+        budget: float,
+        seq_len: int,
+        dtype: torch.dtype = torch.bfloat16,
+        page_size: int = 64,
+        sink_size: int = 4,
+        min_window: int = 4000,
+        window_fraction: float = 0.2,
+        compensate: bool = True,
+        provenance: dict[str, Any] | None = None,
+    ) -> "Plan":
+        """As many full heads as a share of the full cache's bytes pays for, at one length; the others as `from_heads`.
+
+        Everything counts that the cache holds: sinks, windows, whole pages and the sums of compensating heads.
+
+        Args:
+            ranking: (num_layers, num_kv_heads), integers or nested lists, 0 ... n - 1 each once: 0 is the first head to
+                be full; see `HeadScores.ranking`.
+            budget: in [0, 1], largest kv_bytes(seq_len) over those of `Plan.full`.
+            seq_len: tokens, at which the budget holds; elsewhere the share differs.
+            dtype, page_size: of the cache; see `kv_bytes`.
+            sink_size, min_window, window_fraction, compensate: policy of the other heads, tokens; see `from_heads`.
+            provenance: where the ranking comes from.
+        Returns:
+            The plan, not resolved unless window_fraction is 0.
+        Raises:
+            ValueError: budget: expected at least 0.214, the smallest share at 32768 tokens, got 0.1; ...
+        """
+        order = check_table("ranking", ranking, "integers")
+        if not torch.equal(order.flatten().sort().values, torch.arange(order.numel())):
+            raise ValueError(f"ranking: expected 0..{order.numel() - 1}, each once, got {order.flatten().tolist()}")
+        share, (layers, kv_heads) = check_share("budget", budget), order.shape
+        check_int("seq_len", seq_len, 1)
+        sizes: dict[str, Any] = {"head_dim": 1, "dtype": dtype, "page_size": page_size}  # head_dim scales all alike
+        rule: dict[str, Any] = {"min_window": min_window, "window_fraction": window_fraction}
+        none = cls.from_heads(
+            {}, num_layers=layers, num_kv_heads=kv_heads, sink_size=sink_size, compensate=compensate, **rule,
+            provenance=provenance,
+        )  # fmt: skip
+        whole, shares = cls.full(layers, kv_heads).kv_bytes(seq_len, **sizes), list[Fraction]()
+        for count in range(order.numel(), -1, -1):
+            made = replace(none, window_size=none.window_size.masked_fill(order < count, FULL))
+            shares.append(Fraction(made.kv_bytes(seq_len, **sizes), whole))
+            if shares[-1] <= Fraction(str(share)):
+                return made
+        least = math.ceil(min(shares) * 1000) / 1000
+        raise ValueError(
+            f"budget: expected at least {least}, the smallest share at {seq_len} tokens, got {share}; "
+            "smaller windows or sinks need less"
+        )
 
     @property
     def num_layers(self) -> int:
