@@ -275,8 +275,10 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--samples", type=int, default=8, help="of each task and depth (default: 8)")
     flags.add_argument("--out", type=Path, default=Path("razor-methods"), help="folder to go on in after a stop")
     arguments = flags.parse_args(argv)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    if len(arguments.threads) > 1:
+        flags.error(f"--threads: expected one number, got {arguments.threads}")
+    if arguments.threads[0]:
+        torch.set_num_threads(arguments.threads[0])
     results = list[Any]()
     for question in arguments.question:
         folder = ALIBI_MODEL if question == "alibi" else MODEL

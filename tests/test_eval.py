@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from razor_attention import FULL, HeadScores, Plan, cli
+from razor_attention.files import save_gates
 from razor_attention.hf.eval import (
     FIELDS,
     TASKS,
@@ -446,9 +447,8 @@ def test_evaluate_refuses_early(shipped, tmp_path):
         run(tasks=["perplexity"], text="the old")
 
 
-def test_the_command(tmp_path, capsys, monkeypatch):
-    pattern = types.SimpleNamespace(load_attn_pattern=lambda folder: (torch.rand(4, 4).numpy(), 4, 12))
-    monkeypatch.setitem(sys.modules, "razor_attention.duo", pattern)
+def test_the_command(tmp_path, capsys):
+    save_gates(torch.rand(4, 4), tmp_path / "duo", sink_size=4, window_size=12)
     scores = HeadScores(torch.zeros(4, 8), torch.eye(4, 8), 4)
     scores.save(tmp_path / "s.json")
     Plan.full(4, 4).save(tmp_path / "p.json")
@@ -456,7 +456,8 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         f"--tasks needle multikey --lengths 256 300 --budget 0.5 0.7 --samples 1 --depths 2 --scores {tmp_path}/s.json"
     )
     words = ["eval", str(MODEL), *flags.split(), "--task-file", str(bench_methods.TASK_FILE), "--window-size", "12"]
-    words += ["--out", str(tmp_path / "e"), "--methods", "full", "duo=x", "razor", f"plan={tmp_path}/p.json"]
+    words += ["--out", str(tmp_path / "e"), "--methods", "full", f"duo={tmp_path}/duo", "razor"]
+    words += [f"plan={tmp_path}/p.json"]
     assert cli.main(words) == 0
     rows = read_rows(tmp_path / "e" / "results.csv")
     assert len(rows) == 2 * (2 + 1) * (1 + 2 + 2 + 1)
