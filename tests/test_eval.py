@@ -2,24 +2,21 @@
 """`razor eval`: questions are right by construction, methods hold equal bytes, results are appended and found again."""
 
 import contextlib
-import csv
 import json
 import random
 import re
 import sys
 import types
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from razor_attention.bench import methods as bench_methods
-from razor_attention.bench import plot_eval, questions
+from razor_attention.bench import questions
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from razor_attention import FULL, HeadScores, Plan, cli
-from razor_attention.files import save_gates
+from razor_attention import FULL, HeadScores, Plan
 from razor_attention.hf.eval import (
     FIELDS,
     TASKS,
@@ -445,57 +442,3 @@ def test_evaluate_refuses_early(shipped, tmp_path):
         assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match=r"^text: expected at least 99 tokens, got 2$"):
         run(tasks=["perplexity"], text="the old")
-
-
-def test_the_command(tmp_path, capsys):
-    save_gates(torch.rand(4, 4), tmp_path / "duo", sink_size=4, window_size=12)
-    scores = HeadScores(torch.zeros(4, 8), torch.eye(4, 8), 4)
-    scores.save(tmp_path / "s.json")
-    Plan.full(4, 4).save(tmp_path / "p.json")
-    flags = (
-        f"--tasks needle multikey --lengths 256 300 --budget 0.5 0.7 --samples 1 --depths 2 --scores {tmp_path}/s.json"
-    )
-    words = ["eval", str(MODEL), *flags.split(), "--task-file", str(bench_methods.TASK_FILE), "--window-size", "12"]
-    words += ["--out", str(tmp_path / "e"), "--methods", "full", f"duo={tmp_path}/duo", "razor"]
-    words += [f"plan={tmp_path}/p.json"]
-    assert cli.main(words) == 0
-    rows = read_rows(tmp_path / "e" / "results.csv")
-    assert len(rows) == 2 * (2 + 1) * (1 + 2 + 2 + 1)
-    assert {row.accuracy for row in rows if row.method.startswith(("full", "plan"))} == {1.0}
-    for name in ("needle.png", "curves.png"):
-        assert (tmp_path / "e" / name).read_bytes().startswith(b"\x89PNG")
-        assert name in capsys.readouterr().out or name == "curves.png"
-    assert cli.main([*words[:-1], "h2o"]) == 2
-    assert "razor: methods: expected some of full" in capsys.readouterr().err
-
-
-def test_pictures_count_random_heads_as_one():
-    assert [plot_eval.family(name) for name in ("random-0", "random-12", "razor")] == ["random", "random", "razor"]
-    assert plot_eval.together([ROW, ROW._replace(correct=2)]) == (3, 4)
-
-
-# --- the bench
-
-
-def test_the_weights_bench_computes_what_razor_does(shipped, monkeypatch):
-    scores = HeadScores(torch.zeros(4, 8), torch.eye(4, 8), 4)
-    run = bench_methods.Run(*shipped, scores, Settings(["needle"], [512], [0.3], task_file=TINY), Path())
-    bench_methods.check_weights(run)
-    monkeypatch.setitem(bench_methods.WEIGHTS, "weight N", bench_methods.WEIGHTS["weight 1"])
-    with pytest.raises(RuntimeError, match=r"^weights: expected a difference <= 0.001, got "):
-        bench_methods.check_weights(run)
-
-
-def test_the_bench_writes_its_columns(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench_methods, "PERIOD", 40)
-    monkeypatch.setattr(bench_methods, "PERIODS", (40, 60))
-    monkeypatch.setattr(bench_methods, "SEEDS", range(2))
-    monkeypatch.setattr(bench_methods, "TEXT_WORDS", 100)
-    bench_methods.main(
-        ["--question", "heads", "--out", str(tmp_path / "o"), "--results", str(tmp_path), "--machine", "m"]
-    )
-    with (tmp_path / "m" / "methods.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == bench_methods.Result._fields == ("question", *FIELDS)
-    assert len(rows) == 3 * 2 * len(bench_methods.TOP)
-    assert {float(row["accuracy"]) for row in rows if (row["seed"], row["length"]) == ("0", "161")} == {1.0}

@@ -247,7 +247,7 @@ void decode_runs_amx(const DecodeTask& task) {
     part.num_runs = 1;
     while (i + part.num_runs < task.num_runs && in_tiles(i) == in_tiles(i + part.num_runs)) ++part.num_runs;
     if (!in_tiles(i)) {
-      decode_runs_bf16(part);
+      decode_runs(part);
     } else if (task.rows <= 4) {
       decode_tiles<4>(part);
     } else {
