@@ -273,6 +273,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def use_threads(flags: argparse.ArgumentParser, threads: Sequence[int]) -> None:
+    """For a bench of one run: as many of torch's threads as --threads says, which must be one number."""
+    if len(threads) > 1:
+        flags.error(f"--threads: expected one number, got {list(threads)}")
+    if threads[0]:
+        torch.set_num_threads(threads[0])
+
+
 def report(rows: Sequence[Row], results: Path) -> None:
     """Print rows with their ceilings, and append them."""
     header = ("case", "plan", "median ms", "iqr ms", "MB", "GB/s", "GFLOP/s", "roofline")

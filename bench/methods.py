@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, PreTrainedTokenizerBase
 
 from razor_attention import HeadScores, Plan, dropped_mass, find_heads, smallest_windows
+from razor_attention.files import load_gate_sizes, load_gates
 from razor_attention.hf.eval import Method, Row, Settings, TaskFile, evaluate, make_methods, summary, wilson
 from razor_attention.hf.eval.methods import Gates
 from razor_attention.hf.eval.reader import PAGE_SIZE, Reader
@@ -33,7 +34,8 @@ from razor_attention.hf.models import AttentionSwitch, geometry, load_model
 
 from .alibi_demo import MODEL as ALIBI_MODEL
 from .demo import MODEL
-from .harness import assert_close, machine, parser
+from .gates import trained_gates
+from .harness import assert_close, machine, parser, use_threads
 from .plot_eval import plot_eval
 from .questions import make_text, text_words
 
@@ -70,11 +72,11 @@ class Run(NamedTuple):
             return self.scores
 
         sizes = geometry(self.model.config)
-        return make_methods(names, sizes, self.model.dtype, scores=scores, gates=_no_gates, **policy)
+        return make_methods(names, sizes, self.model.dtype, scores=scores, gates=_gates, **policy)
 
 
-def _no_gates(folder: str) -> Gates:
-    raise ValueError(f"methods: expected none with gates, got duo={folder}")
+def _gates(folder: str) -> Gates:
+    return load_gates(folder), *load_gate_sizes(folder)
 
 
 # --- the weight of the compensation row
@@ -181,7 +183,8 @@ def check_weights(run: Run) -> None:
 
 def accuracy(run: Run) -> list[Row]:
     """All methods at equal bytes; those of kvpress, if it is installed, at the two largest budgets."""
-    names = ["full", "streaming", "random", "razor", "razor-uncompensated", "razor-echo"]
+    gates = trained_gates(run.model, run.tokenizer, run.out / "gates")
+    names = ["full", "streaming", "random", "razor", "razor-uncompensated", "razor-echo", f"duo={gates}"]
     rows = run.ask(run.methods(names), "accuracy")
     if importlib.util.find_spec("kvpress") is None:
         return rows
@@ -275,10 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--samples", type=int, default=8, help="of each task and depth (default: 8)")
     flags.add_argument("--out", type=Path, default=Path("razor-methods"), help="folder to go on in after a stop")
     arguments = flags.parse_args(argv)
-    if len(arguments.threads) > 1:
-        flags.error(f"--threads: expected one number, got {arguments.threads}")
-    if arguments.threads[0]:
-        torch.set_num_threads(arguments.threads[0])
+    use_threads(flags, arguments.threads)
     results = list[Any]()
     for question in arguments.question:
         folder = ALIBI_MODEL if question == "alibi" else MODEL

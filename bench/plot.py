@@ -202,7 +202,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = flags.parse_args(argv)
     # Tables with columns of their own have pictures of their own: scores.png, alibi_windows.png, plot_eval.py's.
     files = sorted(
-        path for path in arguments.results.glob("*/*.csv") if not path.name.endswith(("demo.csv", "methods.csv"))
+        path
+        for path in arguments.results.glob("*/*.csv")
+        if not path.name.endswith(("demo.csv", "methods.csv", "gates.csv"))
     )
     if not files:
         flags.error(f"--results: expected <machine>/<question>.csv in it, got none in {arguments.results}")

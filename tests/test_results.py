@@ -35,7 +35,9 @@ def wrong_rows(text: str) -> list[list[str]]:
     return wrong
 
 
-DEMO_RESULTS = files("bench/results/**/*demo.csv", "bench/results/**/methods.csv")  # columns of their own
+DEMO_RESULTS = files(
+    *(f"bench/results/**/{name}.csv" for name in ("*demo", "methods", "gates"))
+)  # columns of their own
 RESULTS = [path for path in files("bench/results/**/*.csv") if path not in DEMO_RESULTS]
 
 
