@@ -202,7 +202,7 @@ def _rows(
     """Prefill: bytes that the cache holds after it. Decode: the weights and the cache, which a step must read."""
     weights = [weight for name, weight in model.named_parameters() if "embed_tokens" not in name]
     weight_bytes, products = sum(w.nbytes for w in weights), sum(w.numel() for w in weights)
-    rows = []
+    rows, heads = [], "" if shape == Shape() else f", {shape.num_kv_heads} kv heads"
     layers, full = range(shape.num_layers), Plan.full(shape.num_layers, shape.num_kv_heads)
     of_row = (
         4 * shape.hidden_size // shape.num_kv_heads
@@ -213,11 +213,11 @@ def _rows(
         step = sum(rows_read(plan, length, layer) for layer in layers) * of_row
         held, time_us = variant.held_bytes, Timing(variant.prefill_us, 0.0)
         flops = 2 * products * length + prompt
-        rows.append(make_row("generate", f"prefill {length}", name, time_us, nbytes=held, flops=flops, on=on))
+        rows.append(make_row("generate", f"prefill {length}{heads}", name, time_us, nbytes=held, flops=flops, on=on))
         sizes = {"nbytes": weight_bytes + held, "flops": 2 * products + step}
-        rows.append(make_row("generate", f"decode {length}", name, timing(variant.step_us), **sizes, on=on))
+        rows.append(make_row("generate", f"decode {length}{heads}", name, timing(variant.step_us), **sizes, on=on))
     sizes = {"nbytes": weight_bytes, "flops": 2 * products}
-    return [*rows, make_row("generate", f"decode {length}", "model", timing(floor), **sizes, on=on)]
+    return [*rows, make_row("generate", f"decode {length}{heads}", "model", timing(floor), **sizes, on=on)]
 
 
 def summary(rows: list[Row]) -> str:
@@ -236,8 +236,17 @@ def main(argv: list[str] | None = None) -> None:
     flags = parser(__doc__)
     flags.add_argument("--length", type=int, default=32768, help="tokens of the prompt (default: 32768)")
     flags.add_argument("--chunk", type=int, default=CHUNK, help=f"tokens of it in one call (default: {CHUNK})")
+    text = "kv heads of the model, which has 16 query heads (default: 4)"
+    flags.add_argument("--kv-heads", type=int, default=Shape.num_kv_heads, help=text)
     arguments = flags.parse_args(argv)
-    options = {"rounds": arguments.rounds, "chunk": arguments.chunk, "on": arguments.machine}
+    if arguments.kv_heads < 1 or Shape.num_heads % arguments.kv_heads:
+        flags.error(f"--kv-heads: expected a divisor of {Shape.num_heads}, got {arguments.kv_heads}")
+    options = {
+        "shape": Shape(num_kv_heads=arguments.kv_heads),
+        "rounds": arguments.rounds,
+        "chunk": arguments.chunk,
+        "on": arguments.machine,
+    }
 
     def bench() -> list[Row]:
         rows = generate(arguments.length, **options)
