@@ -237,10 +237,10 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--length", type=int, default=32768, help="tokens of the prompt (default: 32768)")
     flags.add_argument("--chunk", type=int, default=CHUNK, help=f"tokens of it in one call (default: {CHUNK})")
     text = "kv heads of the model, which has 16 query heads (default: 4)"
-    flags.add_argument("--kv-heads", type=int, default=Shape.num_kv_heads, help=text)
+    flags.add_argument("--kv-heads", type=int, default=Shape().num_kv_heads, help=text)
     arguments = flags.parse_args(argv)
-    if arguments.kv_heads < 1 or Shape.num_heads % arguments.kv_heads:
-        flags.error(f"--kv-heads: expected a divisor of {Shape.num_heads}, got {arguments.kv_heads}")
+    if arguments.kv_heads < 1 or Shape().num_heads % arguments.kv_heads:
+        flags.error(f"--kv-heads: expected a divisor of {Shape().num_heads}, got {arguments.kv_heads}")
     options = {
         "shape": Shape(num_kv_heads=arguments.kv_heads),
         "rounds": arguments.rounds,
