@@ -126,21 +126,25 @@ def prefill(variant: Variant, chunk: int, press: AbstractContextManager[object] 
     variant.held_bytes = cache_bytes(variant.cache)
 
 
-def check_full_plan(model: Any, other: Any, shape: Shape, chunk: int) -> None:
+def check_full_plan(model: Any, shape: Shape, chunk: int) -> None:
     """Stop unless the razor cache with a full plan generates what DynamicCache does.
+
+    In float32: in bfloat16 two near-equal logits of a random model soon change places, whoever attends.
 
     Raises:
         RuntimeError: generate: expected the tokens of DynamicCache with a full plan, got 7 of 16
     """
     ids = torch.randint(shape.vocab_size, (1, 200), generator=torch.Generator().manual_seed(1))
     plan = Plan.full(shape.num_layers, shape.num_kv_heads)
+    model = copy.deepcopy(model).float()
+    other = twin(model)
     pair = [Variant(model, DynamicCache(config=model.config), None, ids)]
     pair.append(Variant(other, RazorCache(model.config, plan, prefill="streaming"), plan, ids))
     with attach(other, plan, prefill="streaming"):
         for variant in pair:
             variant.generate(16, prefill_chunk_size=chunk)
     alike = int((pair[0].ids == pair[1].ids)[0, 200:].cumprod(0).sum())
-    if alike < 12:  # two near-equal logits of a random model may change places in bfloat16, sooner or later
+    if alike < 16:
         raise RuntimeError(f"generate: expected the tokens of DynamicCache with a full plan, got {alike} of 16")
 
 
@@ -159,7 +163,7 @@ def generate(
     model, plan = new_model(shape), razor_plan(shape)
     ids = torch.randint(shape.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     ours = twin(model)
-    check_full_plan(model, ours, shape, chunk)
+    check_full_plan(model, shape, chunk)
     variants = {
         "dynamic": Variant(model, DynamicCache(config=model.config), None, ids),
         "razor": Variant(ours, RazorCache(ours.config, plan, prefill="streaming", prompt_len=length), plan, ids),
