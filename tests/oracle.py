@@ -99,3 +99,25 @@ def head_scores(query, key, period, *, scale):
             echo += attention_map[row, copy]
             induction += attention_map[row, copy + 1]
     return echo / (tokens - 1 - period), induction / (tokens - 1 - period)
+
+
+def quantised(x, kv):
+    """What finite rows [count, D] are once stored as int8 or int4, and the step at each element: two of float64."""
+    x = x.astype(np.float32)
+    if kv == "int8":
+        scale = np.abs(x).max(1, keepdims=True) / np.float32(127)
+        code = np.divide(x, scale, out=np.zeros_like(x), where=scale > 0)
+        return np.clip(np.rint(code), -127, 127).astype(float) * scale, np.broadcast_to(scale, x.shape)
+    out, step = np.zeros(x.shape), np.zeros(x.shape)
+    for row, number in np.ndindex(len(x), -(-x.shape[1] // 32)):
+        part = row, slice(32 * number, 32 * number + 32)
+        group = x[part]
+        zero = np.float16(group.min())
+        zero = np.nextafter(zero, np.float16(-np.inf)) if zero > group.min() else zero
+        span = (group.max() - np.float32(zero)) / np.float32(15)
+        scale = np.float16(span)
+        scale = np.nextafter(scale, np.float16(np.inf)) if scale < span else scale
+        code = (group - np.float32(zero)) / np.float32(scale) if scale else np.zeros_like(group)
+        out[part] = float(zero) + np.clip(np.rint(code), 0, 15).astype(float) * float(scale)
+        step[part] = scale
+    return out, step

@@ -3,6 +3,7 @@
 
 import csv
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -252,6 +253,17 @@ def test_generate_compares_with_the_full_cache(model, capsys):
     assert 0 < len(full.splitlines()[0].split()) <= 9
     assert "1.00 of the full cache's" in razor_text
     assert " tokens/s" in razor_text
+
+
+def test_generate_stores_in_fewer_bits(model, capsys):
+    Plan.full(3, 2).save("full.json")
+    shares = {}
+    for kv in ("int8", "int4"):
+        razor("generate", model, "--plan", "full.json", "--prompt", TEXT, "--max-new-tokens", 9, "--kv", kv)
+        shares[kv] = float(re.search(r", ([\d.]+) of the full cache's", capsys.readouterr().out)[1])
+    assert shares == {"int8": 0.38, "int4": 0.25}  # 12 and 8 bytes instead of 32, of head_dim 8 in float32
+    code, error = fails(capsys, "generate", model, "--plan", "full.json", "--prompt", TEXT, "--kv", "int2")
+    assert (code, error) == (2, "razor: --kv: expected one of int8, int4, got 'int2'\n")
 
 
 def test_generate_reads_the_prompt_from_everywhere(model, capsys, monkeypatch):

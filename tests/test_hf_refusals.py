@@ -283,7 +283,7 @@ def test_not_a_model():
 
 def test_float64():
     model = tiny_model("llama", dtype=torch.float64)
-    message = "dtype: expected float32, bfloat16 or float16, got torch.float64"
+    message = "dtype: expected float32, bfloat16, float16, int8 or 'int4', got torch.float64"
     with refused(ValueError, message), attach(model, MIXED):
         answer(model, IDS, MASK)
 

@@ -237,7 +237,7 @@ def test_products_of_bf16_are_used_where_they_exist(path: Path) -> None:
 # Another processor.
 
 KERNELS = {"attention_block", "score_block", "decode_runs", "largest_product"}
-KERNELS |= {"add_rows", "load_row", "store_row", "dot"}
+KERNELS |= {"add_rows", "load_row", "store_row", "dot", "encode_rows", "decode_rows"}
 CROSS, EMULATOR = "aarch64-linux-gnu-", "qemu-aarch64-static"
 
 

@@ -376,7 +376,7 @@ BAD_BYTES = [
     ({"batch_size": 0}, ValueError, "batch_size: expected an integer >= 1, got 0"),
     ({"page_size": 24}, ValueError, "page_size: expected a multiple of 16, got 24"),
     ({"page_size": 0}, ValueError, "page_size: expected an integer >= 16, got 0"),
-    ({"dtype": "bfloat16"}, TypeError, "dtype: expected a torch.dtype, got 'bfloat16'"),
+    ({"dtype": "bfloat16"}, ValueError, "dtype: expected float32, bfloat16, float16, int8 or 'int4', got 'bfloat16'"),
 ]
 
 

@@ -18,10 +18,11 @@
 
 namespace razor::bindings {
 
-enum class DType { kFloat32, kBFloat16, kFloat16, kInt32, kInt64, kBool, kOther };
+enum class DType { kFloat32, kBFloat16, kFloat16, kInt32, kInt64, kBool, kInt8, kUInt8, kOther };
 
 inline const char* name(DType dtype) {
-  constexpr const char* kNames[] = {"float32", "bfloat16", "float16", "int32", "int64", "bool", "another dtype"};
+  constexpr const char* kNames[] = {"float32", "bfloat16", "float16", "int32",        "int64",
+                                    "bool",    "int8",     "uint8",   "another dtype"};
   return kNames[static_cast<int>(dtype)];
 }
 
@@ -101,6 +102,15 @@ inline KvFormat format_of(const Array& a) {
   }
 }
 
+// How pages of tokens like `key` are quantised.
+inline KvCodes codes_of(const Array& pages, const Array& key) {
+  if (pages.dtype == DType::kInt8) return KvCodes::kInt8;
+  if (pages.dtype == DType::kUInt8) return KvCodes::kInt4;
+  RAZOR_CHECK(pages.dtype == key.dtype, pages.name, ": expected dtype ", name(key.dtype), " like ", key.name,
+              ", int8 or uint8, got ", name(pages.dtype));
+  return KvCodes::kNone;
+}
+
 struct CacheArrays {
   Array key_pages, value_pages, page_table, seen, sink_size, window_size, compensate, key_sum, value_sum;
 };
@@ -109,14 +119,16 @@ struct CacheArrays {
 inline KvCacheView cache_view(const CacheArrays& c, const Array& key) {
   expect_dims(c.key_pages, 3, "(num_pages, page_size, head_dim)");
   const int64_t batch = key.sizes[0], heads = key.sizes[1], head_dim = key.sizes[3];
-  expect_like(c.key_pages, key);
-  expect_shape(c.key_pages, {kAny, kAny, head_dim});
+  const KvFormat format = format_of(key);
+  const KvCodes codes = codes_of(c.key_pages, key);
+  const int64_t width = codes == KvCodes::kNone ? head_dim : row_bytes(format, codes, head_dim).all();
+  expect_shape(c.key_pages, {kAny, kAny, width});
   expect_contiguous(c.key_pages);
   const int64_t page_size = c.key_pages.sizes[1];
   RAZOR_CHECK(page_size > 0 && page_size % 16 == 0, "key_pages: expected a page_size that is a multiple of 16, got ",
               page_size);
-  expect_like(c.value_pages, key);
-  expect_shape(c.value_pages, {c.key_pages.sizes[0], page_size, head_dim});
+  expect_like(c.value_pages, c.key_pages);
+  expect_shape(c.value_pages, {c.key_pages.sizes[0], page_size, width});
   expect_contiguous(c.value_pages);
   expect_dtype(c.page_table, DType::kInt32);
   expect_shape(c.page_table, {batch * heads, kAny});
@@ -152,7 +164,8 @@ inline KvCacheView cache_view(const CacheArrays& c, const Array& key) {
           .num_pages = c.key_pages.sizes[0],
           .page_size = page_size,
           .max_pages = c.page_table.sizes[1],
-          .format = format_of(key)};
+          .format = format,
+          .codes = codes};
 }
 
 inline NewTokens new_tokens(const Array& key, const Array& value, const std::optional<Array>& pad) {

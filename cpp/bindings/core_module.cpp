@@ -22,7 +22,8 @@ using razor::bindings::DType;
 DType dtype_of(const py::array& a) {
   if (!a.dtype().attr("isnative").cast<bool>()) return DType::kOther;  // byte-swapped
   const auto name = a.dtype().attr("name").cast<std::string>();
-  for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kInt32, DType::kInt64, DType::kBool}) {
+  for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kInt32, DType::kInt64, DType::kBool,
+                      DType::kInt8, DType::kUInt8}) {
     if (name == razor::bindings::name(dtype)) return dtype;
   }
   return DType::kOther;

@@ -38,6 +38,10 @@ DType dtype_of(const Tensor& t) {
       return DType::kInt64;
     case ScalarType::Bool:
       return DType::kBool;
+    case ScalarType::Char:
+      return DType::kInt8;
+    case ScalarType::Byte:
+      return DType::kUInt8;
     default:
       return DType::kOther;
   }

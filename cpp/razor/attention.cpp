@@ -18,8 +18,9 @@ namespace {
 // Rows of a block: query tokens x group, for which keys are packed once. Packing them for 128 rows takes a sixth of the
 // time with registers, a quarter with tiles of bf16.
 constexpr int64_t kLeastRows = 128, kMostRows = 512;
-constexpr int64_t kManyBlocks = 32;    // to make before blocks have more than the least rows
-constexpr int64_t kLongPrompt = 4096;  // tokens from which on there are enough blocks of twice the most rows
+constexpr int64_t kManyBlocks = 32;      // to make before blocks have more than the least rows
+constexpr int64_t kLongPrompt = 4096;    // tokens from which on there are enough blocks of twice the most rows
+constexpr int64_t kDecodedTokens = 256;  // of a quantised cache, decoded at once
 
 // Queries [begin, end) of one page-table row, with the tokens that any of them sees as two ranges of positions:
 // the sinks, and everything from the oldest window on.
@@ -79,15 +80,21 @@ struct Scratch {
   SoftmaxState state;       // [rows]
   float *slope, *origin;    // [rows]
   float *dropped, *scaled;  // key sum, value sum, mean key, mean value; a query
+  // For the tokens of a quantised cache: keys and values of kDecodedTokens, and queries in float32, [rows, head_dim]
+  // and packed.
+  Floats decoded, float_rows, float_query;
 
-  Scratch(int64_t rows, int64_t head_dim)
+  Scratch(int64_t rows, int64_t head_dim, bool coded)
       : tiled(rows, head_dim),
         memory(SoftmaxState::floats(rows, head_dim) + 2 * rows + 5 * head_dim),
         state(memory.get(), rows),
         slope(state.weighted + rows * head_dim),
         origin(slope + rows),
         dropped(origin + rows),
-        scaled(dropped + 4 * head_dim) {}
+        scaled(dropped + 4 * head_dim),
+        decoded(coded ? 2 * kDecodedTokens * head_dim : 0),
+        float_rows(coded ? rows * head_dim : 0),
+        float_query(coded ? cpu::packed_queries(rows, head_dim) : 0) {}
 };
 
 struct Worker {
@@ -111,6 +118,13 @@ struct Worker {
   void pack_queries() {
     for (int64_t r = 0; r < rows(); ++r) scratch.tiled.queries[r] = query_row(r);
     kernels.pack_queries(scratch.tiled.queries.data(), rows(), head_dim, params.cache.format, scratch.tiled.query);
+    if (params.cache.codes == KvCodes::kNone || block.row.seen == 0) return;
+    float* row = scratch.float_rows.get();
+    for (int64_t r = 0; r < rows(); ++r, row += head_dim) {
+      kernels.load_row(query_row(r), head_dim, params.cache.format, 1.0f, row);
+      scratch.tiled.queries[r] = row;
+    }
+    kernels.pack_queries(scratch.tiled.queries.data(), rows(), head_dim, KvFormat::kF32, scratch.float_query.get());
   }
 
   // Which of the tokens [begin, begin + columns) the rows see.
@@ -131,19 +145,23 @@ struct Worker {
   // Tokens [begin, end), all sinks or all beyond the sinks.
   void attend_tokens(int64_t begin, int64_t end) {
     const bool sinks = end <= block.row.sink;
-    const int64_t element_bytes = element_size(params.cache.format);
     TiledScratch& tiled = scratch.tiled;
-    for (; begin < end; begin += kTiledColumns) {
-      const int64_t columns = std::min(kTiledColumns, end - begin);
+    for (int64_t columns; begin < end; begin += columns) {
+      const bool coded = params.cache.codes != KvCodes::kNone && begin < block.row.seen;
+      columns = coded ? std::min({kDecodedTokens, end - begin, block.row.seen - begin})
+                      : std::min(kTiledColumns, end - begin);
+      const KvFormat format = coded ? KvFormat::kF32 : params.cache.format;
+      const int64_t element_bytes = element_size(format);
       for (int64_t c = 0; c < columns;) {
-        const Run run = next_run(params.cache, params.tokens, block.row, begin + c, begin + columns, columns);
+        Run run = next_run(params.cache, params.tokens, block.row, begin + c, begin + columns, columns);
+        if (coded) run = decoded(params.cache, run, scratch.decoded.get() + 2 * c * head_dim);
         for (int64_t i = 0; i < run.count; ++i, ++c) {
           tiled.keys[c] = static_cast<const char*>(run.key) + i * run.key_stride * element_bytes;
           tiled.values[c] = static_cast<const char*>(run.value) + i * run.value_stride * element_bytes;
         }
       }
       see_columns(begin, columns, sinks);
-      kernels.attention_block({.query = tiled.query,
+      kernels.attention_block({.query = coded ? scratch.float_query.get() : tiled.query,
                                .key_rows = tiled.keys.data(),
                                .value_rows = tiled.values.data(),
                                .first = tiled.first.data(),
@@ -157,7 +175,7 @@ struct Worker {
                                .rows = rows(),
                                .columns = columns,
                                .head_dim = head_dim,
-                               .format = params.cache.format,
+                               .format = format,
                                .scale = params.scale});
     }
   }
@@ -233,7 +251,8 @@ void attention(const AttentionParams& params, ParallelFor parallel_for) {
   if (work.num_sums > 0) sum_dropped(params, work, parallel_for, sums.data());
 
   const int64_t block_rows = work.block_tokens * group;
-  const auto make_scratch = [&] { return Scratch(block_rows, head_dim); };
+  const bool coded = params.cache.codes != KvCodes::kNone;
+  const auto make_scratch = [&] { return Scratch(block_rows, head_dim, coded); };
   for_each_item(parallel_for, static_cast<int64_t>(work.blocks.size()), make_scratch, [&](int64_t i, Scratch& scratch) {
     const Block& block = work.blocks[work.order[i]];
     Worker worker{params, block, scratch};

@@ -21,4 +21,21 @@ class Floats {
   std::unique_ptr<float, Free> data_;
 };
 
+// Floats that a thread keeps between calls, since a short call takes less time than allocating them.
+class KeptFloats {
+ public:
+  // At least `count` of them, with any contents.
+  [[nodiscard]] float* get(int64_t count) {
+    if (size_ < count) {
+      kept_ = std::make_unique<Floats>(count);
+      size_ = count;
+    }
+    return kept_->get();
+  }
+
+ private:
+  std::unique_ptr<Floats> kept_;
+  int64_t size_ = 0;
+};
+
 }  // namespace razor

@@ -5,18 +5,23 @@
 #include <cstring>
 
 #include "razor/cpu/kernels.h"
+#include "razor/floats.h"
 
 namespace razor {
 namespace {
+
+constexpr int64_t kDecodedTokens = 64;  // at once, on their way to the sums
 
 int64_t row_of_token(const CacheRow& row, int64_t position) {
   return position < row.sink ? position : row.sink + (position - row.sink) % row.window;
 }
 
-// Elements from the start of key_pages or value_pages to the row of a kept token.
-int64_t page_offset(const KvCacheView& cache, const CacheRow& row, int64_t cache_row_index) {
+// Bytes from the start of key_pages or value_pages to the codes (or elements) and to the numbers of a kept token.
+RowBytes page_offset(const KvCacheView& cache, const CacheRow& row, int64_t cache_row_index) {
   const int64_t page = cache.page_table[row.table_row * cache.max_pages + cache_row_index / cache.page_size];
-  return (page * cache.page_size + cache_row_index % cache.page_size) * cache.head_dim;
+  const int64_t index = cache_row_index % cache.page_size, start = page * cache.page_size * cache.row().all();
+  return {.codes = start + index * cache.row().codes,
+          .numbers = start + cache.page_size * cache.row().codes + index * cache.row().numbers};
 }
 
 // Tokens from `position` on that lie in one page without crossing the end of the sinks or the turn of the ring.
@@ -27,32 +32,30 @@ int64_t contiguous_tokens(const KvCacheView& cache, const CacheRow& row, int64_t
   return std::min(in_page, in_part);
 }
 
-template <class T>
-T* advance(T* base, int64_t elements, KvFormat format) {
-  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-  return reinterpret_cast<Byte*>(base) + elements * element_size(format);
-}
-
-void copy_rows(const void* source, int64_t stride, int64_t count, int64_t head_dim, KvFormat format, void* target) {
-  const int64_t bytes = head_dim * element_size(format);
-  if (stride == head_dim) {
-    std::memcpy(target, source, bytes * count);
+// Rows of format into a page.
+void store_rows(const KvCacheView& cache, const void* rows, int64_t stride, int64_t count, void* pages,
+                const RowBytes& offset) {
+  char* target = static_cast<char*>(pages) + offset.codes;
+  if (cache.codes != KvCodes::kNone) {
+    return cpu::kernels().encode_rows(rows, stride, count, cache.head_dim, cache.format, cache.codes, target,
+                                      static_cast<char*>(pages) + offset.numbers);
+  }
+  const int64_t bytes = cache.row().codes;
+  if (stride == cache.head_dim) {
+    std::memcpy(target, rows, bytes * count);
     return;
   }
   for (int64_t i = 0; i < count; ++i) {
-    std::memcpy(static_cast<char*>(target) + i * bytes,
-                static_cast<const char*>(source) + i * stride * element_size(format), bytes);
+    std::memcpy(target + i * bytes, static_cast<const char*>(rows) + i * stride * element_size(cache.format), bytes);
   }
 }
 
 void store_tokens(const KvCacheView& cache, const NewTokens& tokens, const CacheRow& row, int64_t begin, int64_t end) {
   while (begin < end) {
     const Run run = next_run(cache, tokens, row, begin, end, contiguous_tokens(cache, row, begin));
-    const int64_t target = page_offset(cache, row, row_of_token(row, begin));
-    copy_rows(run.key, run.key_stride, run.count, cache.head_dim, cache.format,
-              advance(static_cast<char*>(cache.key_pages), target, cache.format));
-    copy_rows(run.value, run.value_stride, run.count, cache.head_dim, cache.format,
-              advance(static_cast<char*>(cache.value_pages), target, cache.format));
+    const RowBytes offset = page_offset(cache, row, row_of_token(row, begin));
+    store_rows(cache, run.key, run.key_stride, run.count, cache.key_pages, offset);
+    store_rows(cache, run.value, run.value_stride, run.count, cache.value_pages, offset);
     begin += run.count;
   }
 }
@@ -76,30 +79,54 @@ Run next_run(const KvCacheView& cache, const NewTokens& tokens, const CacheRow& 
   if (position >= row.seen) {
     const int64_t token = position - row.seen + row.pad;
     const auto start = [&](const void* base, const int64_t (&stride)[3]) {
-      return advance(static_cast<const char*>(base),
-                     row.batch_index * stride[0] + row.head * stride[1] + token * stride[2], cache.format);
+      const int64_t elements = row.batch_index * stride[0] + row.head * stride[1] + token * stride[2];
+      return static_cast<const char*>(base) + elements * element_size(cache.format);
     };
     return {.key = start(tokens.key, tokens.key_stride),
             .value = start(tokens.value, tokens.value_stride),
             .key_stride = tokens.key_stride[2],
             .value_stride = tokens.value_stride[2],
-            .count = std::min(end - position, max_count)};
+            .count = std::min(end - position, max_count),
+            .format = cache.format};
   }
-  const int64_t offset = page_offset(cache, row, row_of_token(row, position));
-  return {.key = advance(static_cast<const char*>(cache.key_pages), offset, cache.format),
-          .value = advance(static_cast<const char*>(cache.value_pages), offset, cache.format),
+  const RowBytes offset = page_offset(cache, row, row_of_token(row, position));
+  const char *keys = static_cast<const char*>(cache.key_pages), *values = static_cast<const char*>(cache.value_pages);
+  const bool coded = cache.codes != KvCodes::kNone;
+  return {.key = keys + offset.codes,
+          .value = values + offset.codes,
+          .key_numbers = coded ? keys + offset.numbers : nullptr,
+          .value_numbers = coded ? values + offset.numbers : nullptr,
           .key_stride = cache.head_dim,
           .value_stride = cache.head_dim,
-          .count = std::min({end - position, row.seen - position, max_count, contiguous_tokens(cache, row, position)})};
+          .count = std::min({end - position, row.seen - position, max_count, contiguous_tokens(cache, row, position)}),
+          .format = cache.format};
+}
+
+Run decoded(const KvCacheView& cache, const Run& run, float* memory) {
+  if (run.key_numbers == nullptr) return run;
+  const auto& kernels = cpu::kernels();
+  float* value = memory + run.count * cache.head_dim;
+  kernels.decode_rows(run.key, run.key_numbers, run.count, cache.head_dim, cache.codes, memory);
+  kernels.decode_rows(run.value, run.value_numbers, run.count, cache.head_dim, cache.codes, value);
+  return {.key = memory,
+          .value = value,
+          .key_stride = cache.head_dim,
+          .value_stride = cache.head_dim,
+          .count = run.count,
+          .format = KvFormat::kF32};
 }
 
 void add_tokens(const KvCacheView& cache, const NewTokens& tokens, const CacheRow& row, int64_t begin, int64_t end,
                 float* key_sum, float* value_sum) {
   const auto& kernels = cpu::kernels();
+  static thread_local KeptFloats rows;
   while (begin < end) {
-    const Run run = next_run(cache, tokens, row, begin, end, end - begin);
-    kernels.add_rows(run.key, run.key_stride, run.count, cache.head_dim, cache.format, key_sum);
-    kernels.add_rows(run.value, run.value_stride, run.count, cache.head_dim, cache.format, value_sum);
+    const bool coded = cache.codes != KvCodes::kNone && begin < row.seen;
+    const int64_t most = coded ? kDecodedTokens : end - begin;
+    Run run = next_run(cache, tokens, row, begin, end, most);
+    if (coded) run = decoded(cache, run, rows.get(2 * kDecodedTokens * cache.head_dim));
+    kernels.add_rows(run.key, run.key_stride, run.count, cache.head_dim, run.format, key_sum);
+    kernels.add_rows(run.value, run.value_stride, run.count, cache.head_dim, run.format, value_sum);
     begin += run.count;
   }
 }

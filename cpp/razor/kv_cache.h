@@ -19,8 +19,8 @@ inline constexpr int32_t kFull = INT32_MAX;              // window_size of a hea
 inline constexpr int64_t kMaxTokens = int64_t{1} << 48;  // of one sequence
 
 struct KvCacheView {
-  void* key_pages;             // [num_pages, page_size, head_dim] of format
-  void* value_pages;           // [num_pages, page_size, head_dim] of format
+  void* key_pages;             // [num_pages, page_size, head_dim] of format, or of codes and numbers as in kv_format.h
+  void* value_pages;           // likewise
   const int32_t* page_table;   // [batch * num_kv_heads, max_pages] page ids; entries past a row's length are not read
   int64_t* seen;               // [batch] tokens stored so far
   const int32_t* sink_size;    // [num_kv_heads] tokens
@@ -29,7 +29,10 @@ struct KvCacheView {
   float* key_sum;              // [batch * num_kv_heads, head_dim] sum of the dropped keys
   float* value_sum;            // [batch * num_kv_heads, head_dim]
   int64_t batch, num_kv_heads, head_dim, num_pages, page_size, max_pages;
-  KvFormat format;
+  KvFormat format;  // of queries and new tokens, and of the pages unless these are quantised
+  KvCodes codes;    // of the pages
+
+  [[nodiscard]] RowBytes row() const { return row_bytes(format, codes, head_dim); }
 };
 
 // Keys and values of this call's tokens, not yet in the cache. Strides in elements; the last dimension is contiguous.
@@ -55,12 +58,16 @@ struct CacheRow {
   return oldest > row.sink ? oldest : row.sink;
 }
 
-// Consecutive tokens whose rows are evenly spaced in memory.
+// Consecutive tokens whose rows are evenly spaced in memory. Of a quantised cache's own tokens: codes and numbers, one
+// row right after the other.
 struct Run {
-  const void* key;
+  const void* key;  // [count, head_dim] of format, or codes
   const void* value;
-  int64_t key_stride, value_stride;  // elements
+  const void* key_numbers;  // nullable (no codes)
+  const void* value_numbers;
+  int64_t key_stride, value_stride;  // elements; not for codes
   int64_t count;                     // tokens
+  KvFormat format;                   // not for codes
 };
 
 [[nodiscard]] CacheRow cache_row(const KvCacheView& cache, const NewTokens& tokens, int64_t table_row);
@@ -69,6 +76,9 @@ struct Run {
 // be a kept one or one of this call's.
 [[nodiscard]] Run next_run(const KvCacheView& cache, const NewTokens& tokens, const CacheRow& row, int64_t position,
                            int64_t end, int64_t max_count);
+
+// The run as it is, or if it is codes, in float32: decoded to memory [2, count, head_dim].
+[[nodiscard]] Run decoded(const KvCacheView& cache, const Run& run, float* memory);
 
 // Adds the keys and values of tokens [begin, end) to key_sum[head_dim] and value_sum[head_dim].
 void add_tokens(const KvCacheView& cache, const NewTokens& tokens, const CacheRow& row, int64_t begin, int64_t end,

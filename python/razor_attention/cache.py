@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checks import check_int, check_table
+from .checks import check_int, check_kv_dtype, check_table
 from .op_checks import check_append
-from .reference import FULL
+from .reference import FULL, row_width
 
 _HUGE_PAGE = 2 << 20  # bytes
 _GROWTH = 1.25  # of the page pool; a pool is one layer's, so growing never copies the whole cache
@@ -32,7 +32,9 @@ class LayerCache:
         compensate: (num_kv_heads,), bool, or a sequence of bools.
         batch_size: sequences.
         head_dim: elements of one key or value.
-        dtype: float32, bfloat16 or float16.
+        dtype: float32, bfloat16 or float16, which queries, keys and values then have too; or torch.int8 or "int4",
+            in which any of the three is stored: one scale for each row, or a scale and an offset for every 32 elements
+            (see `reference.encode_rows`; int4 saturates beyond the range of float16).
         device: where the tensors live; devices without kernels run the reference.
         page_size: tokens in a page, a multiple of 16.
         alibi_slopes: (num_heads,), float32. None: no ALiBi.
@@ -50,7 +52,7 @@ class LayerCache:
         *,
         batch_size: int,
         head_dim: int,
-        dtype: torch.dtype,
+        dtype: torch.dtype | str,
         device: torch.device | str = "cpu",
         page_size: int = 64,
         alibi_slopes: Tensor | None = None,
@@ -58,8 +60,7 @@ class LayerCache:
         if check_int("page_size", page_size, 16) % 16:
             raise ValueError(f"page_size: expected a multiple of 16, got {page_size}")
         check_int("batch_size", batch_size, 1), check_int("head_dim", head_dim, 1)
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+        stored = check_kv_dtype("dtype", dtype)
         sizes = {"sink_size": sink_size, "window_size": window_size}
         policy = {name: check_table(name, value, "integers", dims=(1,)) for name, value in sizes.items()}
         for name, table in policy.items():
@@ -75,7 +76,7 @@ class LayerCache:
         self.compensate = policy["compensate"].to(device)
         self.alibi_slopes = None if alibi_slopes is None else alibi_slopes.to(device, torch.float32)
         self.seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.key_pages = torch.empty(0, page_size, head_dim, dtype=dtype, device=device)
+        self.key_pages = torch.empty(0, page_size, row_width(head_dim, stored), dtype=stored, device=device)
         self.value_pages = torch.empty_like(self.key_pages)
         rows = batch_size * num_kv_heads
         self.page_table = torch.empty(rows, 0, dtype=torch.int32, device=device)
@@ -94,11 +95,14 @@ class LayerCache:
         return self.key_pages.shape[1]
 
     @property
+    def head_dim(self) -> int:
+        return self.key_sum.shape[1]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the pages in use plus the sums of the heads that compensate: what `Plan.kv_bytes` promises."""
-        head_dim = self.key_pages.shape[2]
-        pages = int(self._pages(self.seen).sum()) * self.page_size * head_dim
-        sums = int((self.compensate & (self.window_size != FULL)).sum()) * self.batch_size * head_dim
+        pages = int(self._pages(self.seen).sum()) * self.page_size * self.key_pages.shape[2]
+        sums = int((self.compensate & (self.window_size != FULL)).sum()) * self.batch_size * self.head_dim
         return 2 * (pages * self.key_pages.element_size() + sums * self.key_sum.element_size())
 
     def attend(
@@ -113,10 +117,14 @@ class LayerCache:
     ) -> Tensor:
         """Attention of new tokens over the cache and themselves, then the tokens are stored.
 
+        They read each other as they come, also where the cache is quantised: what a quantised cache loses, it loses of
+        earlier calls' tokens, so that results depend on how a text is cut, within that loss.
+
         Args:
-            query: (batch, num_heads, q_len, head_dim), the cache's dtype. Rotated queries.
-            key: (batch, num_kv_heads, q_len, head_dim), the cache's dtype. Rotated keys.
-            value: (batch, num_kv_heads, q_len, head_dim), the cache's dtype.
+            query: (batch, num_heads, q_len, head_dim), the cache's dtype, or f32 | bf16 | f16 if it is quantised.
+                Rotated queries.
+            key: (batch, num_kv_heads, q_len, head_dim), dtype of query. Rotated keys.
+            value: (batch, num_kv_heads, q_len, head_dim), dtype of query.
             scale: factor on q.k; None: head_dim ** -0.5.
             pad: (batch,), int64. Leading new tokens of each sequence that are padding: not stored, output zeros.
             dense: queries read every token of this call and every kept row (the paper's prefill); what is stored
@@ -145,8 +153,9 @@ class LayerCache:
         """Store new tokens by policy.
 
         Args:
-            key: (batch, num_kv_heads, q_len, head_dim), the cache's dtype. Rotated keys.
-            value: (batch, num_kv_heads, q_len, head_dim), the cache's dtype.
+            key: (batch, num_kv_heads, q_len, head_dim), the cache's dtype, or f32 | bf16 | f16 if it is quantised.
+                Rotated keys.
+            value: (batch, num_kv_heads, q_len, head_dim), dtype of key.
             pad: (batch,), int64. Leading new tokens of each sequence that are padding: not stored.
 
         Raises:

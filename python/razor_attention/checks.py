@@ -21,6 +21,15 @@ def check_int(name: str, value: Any, least: int, most: int = 2**31 - 1) -> int:
     return int(value)
 
 
+def check_kv_dtype(name: str, value: Any) -> torch.dtype:
+    """The dtype of a cache's pages: `value`, with "int8" for torch.int8, and uint8 for "int4"."""
+    if isinstance(value, str) and value in ("int8", "int4"):
+        return torch.int8 if value == "int8" else torch.uint8
+    if isinstance(value, torch.dtype) and value in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
+        return value
+    raise ValueError(f"{name}: expected float32, bfloat16, float16, int8 or 'int4', got {value!r}")
+
+
 def check_share(name: str, value: Any) -> float:
     """`value` as float if it is a number (no bool) in 0..1, else TypeError or ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -282,6 +282,8 @@ def _parser() -> argparse.ArgumentParser:
         "dense (default): the prompt reads itself in full; streaming: by the plan, faster, any chunking gives the same"
     )
     made.add_argument("--prefill", choices=("dense", "streaming"), default="dense", help=text)
+    text = "how keys and values are stored: about half or a quarter of 16-bit floats (default: as the model computes)"
+    made.add_argument("--kv", choices=("int8", "int4"), help=text)
     made.add_argument("--chunk", type=_integer(1), help="tokens of the prompt in one call (default: all)")
     made.add_argument("--compare", action="store_true", help="also generate with the full cache")
 

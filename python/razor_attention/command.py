@@ -208,16 +208,15 @@ def generate(arguments: Namespace) -> None:
         text = tokenizer.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True)
         return str(text), clock, out.past_key_values
 
-    with attach(model, loaded, prefill=arguments.prefill):
+    with attach(model, loaded, prefill=arguments.prefill, kv_dtype=arguments.kv):
         answer, clock, cache = run()
     if arguments.compare:
         full_answer, full_clock, full = run()
         full_bytes = sum(tensor.nbytes for layer in full.layers for tensor in (layer.keys, layer.values))
         print(f"{full_answer}\nfull cache: {_size(full_bytes)} of KV; {full_clock}\n")
     layer: Any = cache.layers[0].cache
-    tokens, head_dim = int(layer.seen[0]), layer.key_pages.shape[2]
-    whole = Plan.full(loaded.num_layers, loaded.num_kv_heads)
-    full_bytes = whole.kv_bytes(tokens, head_dim=head_dim, dtype=layer.key_pages.dtype)
+    tokens, whole = int(layer.seen[0]), Plan.full(loaded.num_layers, loaded.num_kv_heads)
+    full_bytes = whole.kv_bytes(tokens, head_dim=layer.head_dim, dtype=model.dtype)
     share = f"{cache.nbytes / full_bytes:.2f} of the full cache's {_size(full_bytes)}"
     print(f"{answer}\nrazor: {_size(cache.nbytes)} of KV for {tokens} tokens, {share}; {clock}")
 

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .reference import row_width
+
 _ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_TOKENS = 2**48  # of one sequence; kMaxTokens in cpp/razor/kv_cache.h
 
@@ -34,7 +36,7 @@ def _expect_dims(name: str, tensor: Tensor, meaning: str) -> None:
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
-    known = (*_ROW_DTYPES, torch.int32, torch.int64, torch.bool)
+    known = (*_ROW_DTYPES, torch.int32, torch.int64, torch.bool, torch.int8, torch.uint8)
     return str(dtype).removeprefix("torch.") if dtype in known else "another dtype"
 
 
@@ -81,11 +83,13 @@ def _check_cache(
 ) -> None:
     batch, num_kv_heads, _, head_dim = key.shape
     _expect_dims("key_pages", key_pages, "(num_pages, page_size, head_dim)")
-    _expect_dtype("key_pages", key_pages, key.dtype, " like key")
-    _expect_shape("key_pages", key_pages, [None, None, head_dim])
+    if key_pages.dtype not in (key.dtype, torch.int8, torch.uint8):
+        wanted = f"dtype {_dtype_name(key.dtype)} like key, int8 or uint8"
+        raise ValueError(f"key_pages: expected {wanted}, got {_dtype_name(key_pages.dtype)}")
+    _expect_shape("key_pages", key_pages, [None, None, row_width(head_dim, key_pages.dtype)])
     if key_pages.shape[1] == 0 or key_pages.shape[1] % 16:
         raise ValueError(f"key_pages: expected a page_size that is a multiple of 16, got {key_pages.shape[1]}")
-    _expect_dtype("value_pages", value_pages, key.dtype, " like key")
+    _expect_dtype("value_pages", value_pages, key_pages.dtype, " like key_pages")
     _expect_shape("value_pages", value_pages, key_pages.shape)
     for name, tensor, dtype, shape in (
         ("page_table", page_table, torch.int32, (batch * num_kv_heads, None)),

@@ -56,8 +56,11 @@ def attention(
         query: (batch, num_heads, q_len, head_dim), f32 | bf16 | f16. Rotated queries; strides free but the last.
         key: (batch, num_kv_heads, q_len, head_dim), dtype of query. Rotated keys of the new tokens.
         value: (batch, num_kv_heads, q_len, head_dim), dtype of query.
-        key_pages: (num_pages, page_size, head_dim), dtype of query. Page pool; page_size a multiple of 16.
-        value_pages: (num_pages, page_size, head_dim), dtype of query.
+        key_pages: (num_pages, page_size, head_dim), dtype of query. Page pool; page_size a multiple of 16. Quantised:
+            (num_pages, page_size, row bytes), int8 (head_dim + 4 bytes) or uint8 for int4 (ceil(head_dim / 2) + 4 *
+            ceil(head_dim / 32)); a page holds the codes of its rows, then their numbers: see `reference.encode_rows`.
+        value_pages: (num_pages, page_size, head_dim or row bytes), as key_pages. Tokens of this call are read as they
+            are given, and quantised when they are stored.
         page_table: (batch * num_kv_heads, max_pages), int32. Page ids of each (sequence, kv head), row
             `b * num_kv_heads + h`; entries past a row's length are not read.
         seen: (batch,), int64. Tokens stored so far, padding not counted.
@@ -117,13 +120,15 @@ def append(
     """Store new tokens in the cache by policy: what leaves a window is added to the sums, then `seen` grows.
 
     The page table must already hold pages for every row's new length, min(seen, sink + window) tokens. On an error
-    nothing has changed.
+    nothing has changed. Out of a quantised cache the sums get what it held; a token that is dropped within the call
+    that brings it enters them as it came.
 
     Args:
         key: (batch, num_kv_heads, q_len, head_dim), f32 | bf16 | f16. Rotated keys; strides free but the last.
         value: (batch, num_kv_heads, q_len, head_dim), dtype of key.
-        key_pages: (num_pages, page_size, head_dim), dtype of key, changed in place.
-        value_pages: (num_pages, page_size, head_dim), dtype of key, changed in place.
+        key_pages: (num_pages, page_size, head_dim), dtype of key, or (num_pages, page_size, row bytes), int8 or uint8:
+            see `attention`. Changed in place.
+        value_pages: (num_pages, page_size, head_dim or row bytes), as key_pages. Changed in place.
         page_table: (batch * num_kv_heads, max_pages), int32.
         seen: (batch,), int64, changed in place.
         sink_size: (num_kv_heads,), int32, tokens.

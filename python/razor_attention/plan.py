@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import ceil_share, check_dict, check_int, check_share, check_table
+from .checks import ceil_share, check_dict, check_int, check_kv_dtype, check_share, check_table
 from .files import LayerHeads, PathLike, TwoLists, merge_heads, read_json, write_json
 from .heads import full_gates
 from .reference import FULL as FULL
+from .reference import row_width
 
 _KEYS = ("num_layers", "num_kv_heads", "sink_size", "window_size", "compensate", "window_fraction", "provenance")
 
@@ -274,7 +275,7 @@ class Plan:
         return replace(self, window_size=windows, window_fraction=0.0)
 
     def kv_bytes(
-        self, seq_len: int, *, head_dim: int, dtype: torch.dtype, batch_size: int = 1, page_size: int = 64
+        self, seq_len: int, *, head_dim: int, dtype: torch.dtype | str, batch_size: int = 1, page_size: int = 64
     ) -> int:
         """Bytes of the cache after `seq_len` tokens: whole pages of K and V, and float32 sums of compensating heads.
 
@@ -282,7 +283,7 @@ class Plan:
 
         Args:
             seq_len: tokens of each sequence. batch_size: sequences. head_dim: elements of a row.
-            dtype: of K and V.
+            dtype: of K and V in the cache: float32, bfloat16, float16, int8 or "int4".
             page_size: rows of a page, a multiple of 16.
         Returns:
             Bytes.
@@ -292,12 +293,11 @@ class Plan:
         plan = self.resolve(check_int("seq_len", seq_len, 0))
         if check_int("page_size", page_size, 16) % 16:
             raise ValueError(f"page_size: expected a multiple of 16, got {page_size}")
-        if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"dtype: expected a torch.dtype, got {dtype!r}")
-        per_row = 2 * check_int("head_dim", head_dim, 1)
+        stored = check_kv_dtype("dtype", dtype)
+        row_bytes = row_width(check_int("head_dim", head_dim, 1), stored) * stored.itemsize
         kept = torch.where(plan.is_full, seq_len, (plan.sink_size.long() + plan.window_size).clamp(max=seq_len))
         pages = int(((kept + page_size - 1) // page_size).sum())
-        page_bytes, sum_bytes = page_size * per_row * dtype.itemsize, per_row * 4
+        page_bytes, sum_bytes = 2 * page_size * row_bytes, 2 * head_dim * 4
         return check_int("batch_size", batch_size, 1) * (pages * page_bytes + int(plan.compensate.sum()) * sum_bytes)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor]:

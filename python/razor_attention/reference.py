@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 FULL = 2**31 - 1  # window_size of a head that keeps every token
+GROUP = 32  # elements of an int4 row that share two numbers; kInt4Group in cpp/razor/kv_format.h
 
 
 def kept_tokens(seen: int, sink: int, window: int) -> list[int]:
@@ -35,6 +36,98 @@ def _locate(page_table_row: Tensor, tokens: list[int], sink: int, window: int, p
     return page_table_row[rows // page_size].long(), rows % page_size
 
 
+def quantised_bytes(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of one row's codes and numbers in pages of int8 or uint8 (two codes of 4 bits in a byte)."""
+    return (head_dim, 4) if dtype == torch.int8 else ((head_dim + 1) // 2, 4 * -(-head_dim // GROUP))
+
+
+def row_width(head_dim: int, dtype: torch.dtype) -> int:
+    """Last dimension of pages: bytes of a row where they are int8 or uint8, its elements otherwise."""
+    return sum(quantised_bytes(head_dim, dtype)) if dtype in (torch.int8, torch.uint8) else head_dim
+
+
+def _half_below(x: Tensor) -> Tensor:
+    """The largest float16 <= x, within +-65504; never -0."""
+    x = x.clamp(-65504, 65504)
+    half = x.half() + 0.0
+    bits = half.view(torch.int16)
+    step = torch.where(half > 0, -1, 1).to(torch.int16)
+    below = torch.where(half == 0, torch.full_like(bits, -0x7FFF), bits + step).view(torch.half)  # 0 -> -2**-24
+    return torch.where(half.float() > x, below, half) + 0.0
+
+
+def encode_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Quantised rows, all of it in float32; what is not finite makes a scale NaN.
+
+    int8: scale = max |x| / 127, code = round(x / scale). int4, by groups: zero = float16 <= min x, scale = float16 >=
+    (max x - zero) / 15, code = round((x - zero) / scale), which saturates beyond the range of float16.
+
+    Args:
+        rows: (count, head_dim), f32 | bf16 | f16.
+        dtype: int8 or uint8 (int4).
+
+    Returns:
+        codes, (count, head_dim) or (count, ceil(head_dim / 2)), and numbers, (count, number bytes), both uint8. int4:
+        byte i holds element i in its low half, element i + ceil(head_dim / 2) in the high one; the numbers are scale
+        and zero of each group.
+    """
+    x = rows.float()
+    if dtype == torch.int8:
+        largest = x.abs().amax(-1, keepdim=True)
+        scale = (largest / torch.full_like(largest, 127)).masked_fill(~x.isfinite().all(-1, keepdim=True), torch.nan)
+        code = (x / scale).round().clamp(-127, 127).masked_fill(~(scale > 0), 0)
+        return code.to(torch.int8).view(torch.uint8), scale.view(torch.uint8)
+    head_dim = x.shape[1]
+    x = torch.cat([x, x[:, -1:].expand(-1, -head_dim % GROUP)], 1)  # a whole last group
+    x = x.view(len(x), -(-head_dim // GROUP), GROUP)
+    finite, least, largest = x.isfinite().all(-1), x.amin(-1), x.amax(-1)
+    zero = _half_below(least).masked_fill(~finite, 0)
+    span = (largest - zero.float()).clamp(min=0)  # negative where all is below float16's range
+    scale = (-_half_below(-(span / torch.full_like(span, 15))) + 0.0).masked_fill(~finite, torch.nan)
+    code = ((x - zero.float()[..., None]) / scale.float()[..., None]).round().clamp(0, 15)
+    code = code.masked_fill(~(scale > 0)[..., None], 0).to(torch.uint8).flatten(1)[:, :head_dim]
+    low, high = code[:, : (head_dim + 1) // 2], code[:, (head_dim + 1) // 2 :]
+    high = torch.nn.functional.pad(high, (0, head_dim % 2))
+    return low | high << 4, torch.stack([scale, zero], -1).flatten(1).view(torch.uint8)
+
+
+def decode_rows(codes: Tensor, numbers: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """What `encode_rows` made, exactly: (count, head_dim), code * scale or zero + code * scale."""
+    if dtype == torch.int8:
+        return _double(codes.view(torch.int8)) * _double(numbers.view(torch.float32))
+    pairs = _double(numbers.view(torch.half))
+    scale, zero = pairs[:, ::2], pairs[:, 1::2]
+    code = torch.cat([codes & 15, codes >> 4], 1)[:, :head_dim]
+    spread = torch.arange(head_dim, device=codes.device) // GROUP
+    return zero[:, spread] + _double(code) * scale[:, spread]
+
+
+def _parts(pages: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Codes and numbers of quantised pages: (num_pages, page_size, bytes) each, uint8, the pages' own memory. In a page
+    the codes of all its rows come first."""
+    num_pages, page_size, width = pages.shape
+    code, number = quantised_bytes(head_dim, pages.dtype)
+    flat = pages.view(torch.uint8).view(num_pages, page_size * width)
+    codes, numbers = flat[:, : page_size * code], flat[:, page_size * code :]
+    return codes.view(num_pages, page_size, code), numbers.view(num_pages, page_size, number)
+
+
+def _read(pages: Tensor, where: tuple[Tensor, Tensor], head_dim: int) -> Tensor:
+    """Rows of pages: (count, head_dim)."""
+    if pages.dtype not in (torch.int8, torch.uint8):
+        return _double(pages[where])
+    codes, numbers = _parts(pages, head_dim)
+    return decode_rows(codes[where], numbers[where], head_dim, pages.dtype)
+
+
+def _write(pages: Tensor, where: tuple[Tensor, Tensor], rows: Tensor) -> None:
+    if pages.dtype not in (torch.int8, torch.uint8):
+        pages[where] = rows
+        return
+    codes, numbers = _parts(pages, rows.shape[1])
+    codes[where], numbers[where] = encode_rows(rows, pages.dtype)
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -55,7 +148,7 @@ def attention(
     dense: bool = False,
 ) -> Tensor:
     """Attention over kept tokens and one row for all dropped ones; see `ops.attention`."""
-    num_kv_heads, page_size = key.shape[1], key_pages.shape[1]
+    num_kv_heads, page_size, head_dim = key.shape[1], key_pages.shape[1], key.shape[3]
     group = query.shape[1] // num_kv_heads
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     for b, past in enumerate(seen.tolist()):
@@ -65,8 +158,8 @@ def attention(
             table_row, heads = b * num_kv_heads + h, slice(h * group, (h + 1) * group)
             kept = kept_tokens(past, s, w)
             where = _locate(page_table[table_row], kept, s, w, page_size)
-            k = torch.cat([_double(key_pages[where]), _double(key[b, h, start:])])  # [kept + N, D]
-            v = torch.cat([_double(value_pages[where]), _double(value[b, h, start:])])
+            k = torch.cat([_read(key_pages, where, head_dim), _double(key[b, h, start:])])  # [kept + N, D]
+            v = torch.cat([_read(value_pages, where, head_dim), _double(value[b, h, start:])])
             token = torch.cat([torch.tensor(kept, dtype=torch.int64, device=query.device), position])
 
             for first in range(0, len(position), 512):  # blocks of N queries: the whole map would not fit
@@ -113,7 +206,7 @@ def append(
     pad: Tensor | None = None,
 ) -> None:
     """Store new tokens by policy, adding what leaves a window to the sums; see `ops.append`."""
-    num_kv_heads, page_size = key.shape[1], key_pages.shape[1]
+    num_kv_heads, page_size, head_dim = key.shape[1], key_pages.shape[1], key.shape[3]
     for b, past in enumerate(seen.tolist()):
         start = 0 if pad is None else int(pad[b])
         end = past + key.shape[2] - start
@@ -124,15 +217,14 @@ def append(
                 evicted = [t for t in before if t >= s and t < end - w]
                 skipped = torch.arange(max(past, s), max(past, s, end - w), device=key.device) - past + start
                 where = _locate(page_table[table_row], evicted, s, w, page_size)
-                key_sum[table_row] += (_double(key_pages[where]).sum(0) + _double(key[b, h, skipped]).sum(0)).float()
-                value_sum[table_row] += (
-                    _double(value_pages[where]).sum(0) + _double(value[b, h, skipped]).sum(0)
-                ).float()
+                for total, pages, new in ((key_sum, key_pages, key), (value_sum, value_pages, value)):
+                    gone = _read(pages, where, head_dim).sum(0) + _double(new[b, h, skipped]).sum(0)
+                    total[table_row] += gone.float()
             stored = [t for t in after if t >= past]
             where = _locate(page_table[table_row], stored, s, w, page_size)
             source = torch.tensor(stored, dtype=torch.int64, device=key.device) - past + start
-            key_pages[where] = key[b, h, source]
-            value_pages[where] = value[b, h, source]
+            _write(key_pages, where, key[b, h, source])
+            _write(value_pages, where, value[b, h, source])
     seen += key.shape[2] if pad is None else key.shape[2] - pad
 
 

@@ -251,6 +251,31 @@ void compare_rows(KvFormat format, int64_t head_dim) {
   }
 }
 
+// Bytes and floats of quantised rows, small, large, constant and not finite ones.
+void compare_codes(KvFormat format, int64_t head_dim) {
+  const Kernels &mine = kernels(), &scalar = kernels_scalar;
+  for (KvCodes to : {KvCodes::kInt8, KvCodes::kInt4}) {
+    const RowBytes bytes = row_bytes(format, to, head_dim);
+    const std::string at = std::to_string(head_dim);
+    for (float size : {1.0f, 1e-3f, 1e-8f, 1e4f, 1e30f, 0.0f, kInfinity, kNan}) {
+      constexpr int64_t kCount = 5;
+      const float factor = std::isfinite(size) ? size : 1.0f;
+      Elements rows(kCount * head_dim, format);
+      for (int64_t i = 0; i < kCount * head_dim; ++i) rows.set(i, factor * normal());
+      if (!std::isfinite(size)) rows.set(below(kCount * head_dim), size);
+      std::vector<uint8_t> actual(kCount * bytes.all()), expected(actual);
+      uint8_t *numbers = actual.data() + kCount * bytes.codes, *right = expected.data() + kCount * bytes.codes;
+      mine.encode_rows(rows.at(0), head_dim, kCount, head_dim, format, to, actual.data(), numbers);
+      scalar.encode_rows(rows.at(0), head_dim, kCount, head_dim, format, to, expected.data(), right);
+      for (size_t i = 0; i < actual.size(); ++i) expect("encode_rows", at, actual[i], expected[i], 0);
+      std::vector<float> floats(kCount * head_dim), wanted(floats);
+      mine.decode_rows(actual.data(), numbers, kCount, head_dim, to, floats.data());
+      scalar.decode_rows(actual.data(), numbers, kCount, head_dim, to, wanted.data());
+      for (size_t i = 0; i < floats.size(); ++i) expect("decode_rows", at, floats[i], wanted[i], 1e-6f * factor);
+    }
+  }
+}
+
 void compare_products(KvFormat format, int64_t cols) {
   for (int64_t left_rows : {1, 33, 70}) {
     const int64_t right_rows = 1 + below(100);
@@ -280,6 +305,7 @@ void compare_all() {
       compare_blocks(format, head_dim);
       compare_decode(format, head_dim);
       compare_rows(format, head_dim);
+      compare_codes(format, head_dim);
       compare_products(format, head_dim);
     }
   }

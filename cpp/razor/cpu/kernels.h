@@ -102,6 +102,11 @@ struct Kernels {
   float (*dot)(const float* query, const void* key, int64_t head_dim, KvFormat format);
   // max over i, j of left_i . right_j in float32, NaN if one of them is
   float (*largest_product)(const ProductBlock& block);
+  // Rows of format, `stride` elements apart, to codes and numbers (kv_format.h) that follow one another, and back.
+  void (*encode_rows)(const void* rows, int64_t stride, int64_t count, int64_t head_dim, KvFormat format, KvCodes to,
+                      void* codes, void* numbers);
+  void (*decode_rows)(const void* codes, const void* numbers, int64_t count, int64_t head_dim, KvCodes from,
+                      float* rows);
 };
 
 extern const Kernels kernels_scalar;

@@ -6,6 +6,7 @@
 #include "razor/cpu/attention_tile-inl.h"
 #include "razor/cpu/decode-inl.h"
 #include "razor/cpu/decode_bf16-inl.h"
+#include "razor/cpu/kv_codes-inl.h"
 #include "razor/cpu/kv_rows-inl.h"
 #include "razor/cpu/products-inl.h"
 #include "razor/cpu/products_amx-inl.h"
@@ -23,5 +24,7 @@ const Kernels kernels_amx = {.attention_block = avx512::attention_block_amx,
                              .load_row = avx512::load_row,
                              .store_row = avx512::store_row,
                              .dot = avx512::dot,
-                             .largest_product = avx512::largest_product_amx};
+                             .largest_product = avx512::largest_product_amx,
+                             .encode_rows = avx512::encode_rows,
+                             .decode_rows = avx512::decode_rows};
 }  // namespace razor::cpu

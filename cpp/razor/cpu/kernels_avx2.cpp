@@ -4,6 +4,7 @@
 // After Vec, which they are written against.
 #include "razor/cpu/attention_tile-inl.h"
 #include "razor/cpu/decode-inl.h"
+#include "razor/cpu/kv_codes-inl.h"
 #include "razor/cpu/kv_rows-inl.h"
 #include "razor/cpu/products-inl.h"
 // After the panels of products.
@@ -18,5 +19,7 @@ const Kernels kernels_avx2 = {.attention_block = avx2::attention_block,
                               .load_row = avx2::load_row,
                               .store_row = avx2::store_row,
                               .dot = avx2::dot,
-                              .largest_product = avx2::largest_product};
+                              .largest_product = avx2::largest_product,
+                              .encode_rows = avx2::encode_rows,
+                              .decode_rows = avx2::decode_rows};
 }  // namespace razor::cpu

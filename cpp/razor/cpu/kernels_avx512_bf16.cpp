@@ -7,6 +7,7 @@
 #include "razor/cpu/attention_tile-inl.h"
 #include "razor/cpu/decode-inl.h"
 #include "razor/cpu/decode_bf16-inl.h"
+#include "razor/cpu/kv_codes-inl.h"
 #include "razor/cpu/kv_rows-inl.h"
 #include "razor/cpu/products-inl.h"
 // After the panels of products.
@@ -21,5 +22,7 @@ const Kernels kernels_avx512_bf16 = {.attention_block = avx512::attention_block,
                                      .load_row = avx512::load_row,
                                      .store_row = avx512::store_row,
                                      .dot = avx512::dot,
-                                     .largest_product = avx512::largest_product};
+                                     .largest_product = avx512::largest_product,
+                                     .encode_rows = avx512::encode_rows,
+                                     .decode_rows = avx512::decode_rows};
 }  // namespace razor::cpu

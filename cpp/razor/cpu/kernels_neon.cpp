@@ -4,6 +4,7 @@
 // After Vec, which they are written against.
 #include "razor/cpu/attention_tile-inl.h"
 #include "razor/cpu/decode-inl.h"
+#include "razor/cpu/kv_codes-inl.h"
 #include "razor/cpu/kv_rows-inl.h"
 #include "razor/cpu/products-inl.h"
 // After the panels of products.
@@ -18,5 +19,7 @@ const Kernels kernels_neon = {.attention_block = neon::attention_block,
                               .load_row = neon::load_row,
                               .store_row = neon::store_row,
                               .dot = neon::dot,
-                              .largest_product = neon::largest_product};
+                              .largest_product = neon::largest_product,
+                              .encode_rows = neon::encode_rows,
+                              .decode_rows = neon::decode_rows};
 }  // namespace razor::cpu

@@ -4,6 +4,7 @@
 // After Vec, which they are written against.
 #include "razor/cpu/attention_tile-inl.h"
 #include "razor/cpu/decode-inl.h"
+#include "razor/cpu/kv_codes-inl.h"
 #include "razor/cpu/kv_rows-inl.h"
 #include "razor/cpu/products-inl.h"
 // After the panels of products.
@@ -18,5 +19,7 @@ const Kernels kernels_scalar = {.attention_block = scalar::attention_block,
                                 .load_row = scalar::load_row,
                                 .store_row = scalar::store_row,
                                 .dot = scalar::dot,
-                                .largest_product = scalar::largest_product};
+                                .largest_product = scalar::largest_product,
+                                .encode_rows = scalar::encode_rows,
+                                .decode_rows = scalar::decode_rows};
 }  // namespace razor::cpu

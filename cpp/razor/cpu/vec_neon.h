@@ -33,6 +33,11 @@ struct Vec {
   static Vec load(const Float16* p) {
     return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))))};
   }
+  static Vec load(const int8_t* p) {
+    int32_t lanes[kLanes];
+    for (int i = 0; i < kLanes; ++i) lanes[i] = p[i];
+    return {vcvtq_f32_s32(vld1q_s32(lanes))};
+  }
   void store(float* p) const { vst1q_f32(p, v); }
   void store(BFloat16* p) const {
     const uint32x4_t bits = vreinterpretq_u32_f32(v);
@@ -70,6 +75,8 @@ struct Vec {
 
 inline Vec add(Vec a, Vec b) { return {vaddq_f32(a.v, b.v)}; }
 inline Vec mul(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
+inline Vec div(Vec a, Vec b) { return {vdivq_f32(a.v, b.v)}; }
+inline Vec min(Vec a, Vec b) { return {vminnmq_f32(a.v, b.v)}; }
 inline Vec max(Vec a, Vec b) { return {vmaxnmq_f32(a.v, b.v)}; }
 // The larger one, NaN if one is NaN.
 inline Vec max_or_nan(Vec a, Vec b) { return {vmaxq_f32(a.v, b.v)}; }

@@ -40,6 +40,8 @@ struct Vec {
 
 inline Vec add(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
+inline Vec div(Vec a, Vec b) { return {a.v / b.v}; }
+inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
 inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 // The larger one, NaN if one is NaN.
 inline Vec max_or_nan(Vec a, Vec b) { return {a.v != a.v || a.v > b.v ? a.v : b.v}; }

@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import causal_mask_function
 
 from ..plan import Plan
-from .cache import Prefill, RazorCache
+from .cache import KvDtype, Prefill, RazorCache
 from .forwards import ReplacedForwards
 from .models import AttentionSwitch, check_interface, refuse_unsupported
 
@@ -123,7 +123,9 @@ def razor_mask(
 
 
 @contextmanager
-def attach(model: PreTrainedModel, plan: Plan, *, prefill: Prefill = "dense") -> Iterator[PreTrainedModel]:
+def attach(
+    model: PreTrainedModel, plan: Plan, *, prefill: Prefill = "dense", kv_dtype: KvDtype = None
+) -> Iterator[PreTrainedModel]:
     """Inside this context `model.generate(...)` runs with a compressed cache; outside it the model is as before.
 
     Each `generate` call gets a fresh RazorCache for its prompt (the longest of a batch, where the plan has a length
@@ -134,6 +136,7 @@ def attach(model: PreTrainedModel, plan: Plan, *, prefill: Prefill = "dense") ->
             ...), or BLOOM, MPT or Falcon with ALiBi.
         plan: policy of every (layer, kv head).
         prefill: "dense" or "streaming", see RazorCache.
+        kv_dtype: torch.int8 (or "int8"), "int4" or None, see RazorCache.
 
     Raises:
         ValueError: plan: expected 4 layers x 4 kv heads like the model, got 32 x 8
@@ -142,7 +145,8 @@ def attach(model: PreTrainedModel, plan: Plan, *, prefill: Prefill = "dense") ->
     switch = AttentionSwitch(model, "razor")
     if not callable(getattr(model, "generate", None)):
         raise TypeError(f"model: expected one that can generate, got {type(model).__name__}")
-    RazorCache(model.config, plan, prefill=prefill)  # refuses what it cannot do before the model is touched
+    # Refuses what it cannot do before the model is touched.
+    RazorCache(model.config, plan, prefill=prefill, kv_dtype=kv_dtype)
     had_own = vars(model).get("generate")
     generate: Any = model.generate
 
@@ -159,7 +163,8 @@ def attach(model: PreTrainedModel, plan: Plan, *, prefill: Prefill = "dense") ->
             prompt_len = prompt.shape[1] if isinstance(prompt, Tensor) else None
             if isinstance(mask, Tensor) and mask.dim() == 2:
                 prompt_len = int(mask.sum(1).max())  # padding is no part of a prompt
-            kwargs["past_key_values"] = RazorCache(model.config, plan, prefill=prefill, prompt_len=prompt_len)
+            options: dict[str, Any] = {"prefill": prefill, "prompt_len": prompt_len, "kv_dtype": kv_dtype}
+            kwargs["past_key_values"] = RazorCache(model.config, plan, **options)
         return generate(*args, **kwargs)
 
     with switch:

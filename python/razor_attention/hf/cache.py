@@ -16,11 +16,13 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..cache import LayerCache
+from ..checks import check_kv_dtype
 from ..plan import Plan
 from .alibi import model_slopes
 from .models import geometry, text_config
 
 Prefill = Literal["dense", "streaming"]
+KvDtype = torch.dtype | Literal["int8", "int4"] | None
 
 
 class RazorLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -135,6 +137,8 @@ class RazorCache(Cache):
             so the result does not depend on how the prompt is cut, and prefill time is linear for compressed heads.
         prompt_len: tokens for the plan's length rule; None: those of the first call, so name it for chunked prefill.
         page_size: tokens in a cache page, a multiple of 16.
+        kv_dtype: torch.int8 (or "int8") or "int4": K and V are stored so, in about half or a quarter of 16-bit
+            floats' bytes; None: in the model's dtype.
 
     Raises:
         ValueError: plan: expected 4 layers x 4 kv heads like the model, got 32 x 8
@@ -151,17 +155,21 @@ class RazorCache(Cache):
         prefill: Prefill = "dense",
         prompt_len: int | None = None,
         page_size: int = 64,
+        kv_dtype: KvDtype = None,
     ) -> None:
         if prefill not in ("dense", "streaming"):
             raise ValueError(f"prefill: expected 'dense' or 'streaming', got {prefill!r}")
         if not isinstance(plan, Plan):
             raise TypeError(f"plan: expected a Plan, got {type(plan).__name__}")
+        if kv_dtype is not None and check_kv_dtype("kv_dtype", kv_dtype).is_floating_point:
+            raise ValueError(f"kv_dtype: expected int8, 'int4' or None for the model's own, got {kv_dtype}")
         sizes = geometry(config)
         plan.check_model(sizes.num_layers, sizes.num_kv_heads)
         self._slopes = model_slopes(text_config(config))  # (num_heads,), float32; None: no ALiBi
         self._given = plan if prompt_len is None else plan.resolve(prompt_len)
         self.plan = self._given
         self.page_size = page_size
+        self.kv_dtype = kv_dtype
         super().__init__(layers=[RazorLayer(prefill == "dense") for _ in range(sizes.num_layers)])
 
     def update(
@@ -192,7 +200,7 @@ class RazorCache(Cache):
                 *self.plan.layer(layer_idx),
                 batch_size=key_states.shape[0],
                 head_dim=key_states.shape[3],
-                dtype=value_states.dtype,
+                dtype=value_states.dtype if self.kv_dtype is None else self.kv_dtype,
                 device=key_states.device,
                 page_size=self.page_size,
                 alibi_slopes=self._slopes,
