@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/razor demo
 
 test: $(VENV)/.installed
-	$(RUN) pytest -q
+	$(RUN) pytest -q -m 'not slow'
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check python tests bench
