@@ -206,7 +206,7 @@ def _rows(
     """Prefill: bytes that the cache holds after it. Decode: the weights and the cache, which a step must read."""
     weights = [weight for name, weight in model.named_parameters() if "embed_tokens" not in name]
     weight_bytes, products = sum(w.nbytes for w in weights), sum(w.numel() for w in weights)
-    rows, heads = [], "" if shape == Shape() else f", {shape.num_kv_heads} kv heads"
+    rows, heads = [], "" if shape.num_kv_heads == Shape().num_kv_heads else f", {shape.num_kv_heads} kv heads"
     layers, full = range(shape.num_layers), Plan.full(shape.num_layers, shape.num_kv_heads)
     of_row = (
         4 * shape.hidden_size // shape.num_kv_heads
