@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Some query rows against some consecutive keys, the steps that decode is made of, written once against Vec: logits of
-// a block of query rows x keys held in registers, online softmax per row, then probabilities x values. Every block of
-// values is summed into a zeroed partial and added once to the state, so that one heavy row does not dictate the
-// rounding of all others.
+// a block of query rows x keys held in registers, and online softmax per row.
 //
 // Tried: one horizontal sum per logit (35 GFLOP/s on one thread at head_dim 128; a block of them by one tree of
 // shuffles: 54, see bench/LOG.md). Callers pass stored tokens only, so that unused rows, NaN or not, are never read.
@@ -136,37 +134,6 @@ inline float row_softmax(const AttentionTile& tile, int64_t row) {
   tile.maximum[row] = maximum;
   tile.sum[row] = tile.sum[row] * shrink + total.sum();
   return shrink;
-}
-
-// weighted[r] = shrink[r] * weighted[r] + sum over columns of p[r][c] * value_c, for kRows rows and kVecs vectors at d.
-template <int kRows, int kVecs, class T>
-inline void block_values(const AttentionTile& tile, int64_t row, int64_t d, int64_t begin, int64_t end,
-                         const float* shrink) {
-  const T* value = static_cast<const T*>(tile.value) + d;
-  const float* p = tile.logits + row * kTileColumns;
-  // Known to be whole vectors when there are several; one vector may be the partial last.
-  const int64_t width = kVecs > 1 ? kVecs * Vec::kLanes : tile.head_dim - d;
-  Vec total[kRows][kVecs];
-  for (int r = 0; r < kRows; ++r) {
-    for (int i = 0; i < kVecs; ++i) total[r][i] = Vec::zero();
-  }
-  for (int64_t c = begin; c < end; ++c) {
-    const T* v = value + c * tile.value_stride;
-    Vec x[kVecs];
-    for (int i = 0; i < kVecs; ++i) x[i] = load_upto(v + i * Vec::kLanes, width - i * Vec::kLanes);
-    for (int r = 0; r < kRows; ++r) {
-      const Vec weight = Vec::fill(p[r * kTileColumns + c]);
-      for (int i = 0; i < kVecs; ++i) total[r][i] = fma(weight, x[i], total[r][i]);
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    float* out = tile.weighted + (row + r) * tile.head_dim + d;
-    const Vec factor = Vec::fill(shrink[r]);
-    for (int i = 0; i < kVecs; ++i) {
-      const int64_t lane = i * Vec::kLanes;
-      store_upto(fma(factor, load_upto(out + lane, width - lane), total[r][i]), out + lane, width - lane);
-    }
-  }
 }
 
 }  // namespace

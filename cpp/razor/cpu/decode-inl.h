@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // A few queries against long runs of keys, written once against Vec. With few queries the memory sets the pace, so the
 // next run is fetched in small portions all the while: the hardware's own prefetchers end at every 4 KiB, and rest
-// during the softmax. Uses the blocks of attention-inl.h.
+// during the softmax. Uses attention_tile-inl.h.
 //
 // Tried, of one thread's 15 GB/s: no fetching ahead 6.9; into L1 11.5, into L2 12.3; every second line, hoping for the
 // neighbour, 8.3 to 10.4; loads instead of prefetches 9.5 to 11.8; values during the keys and the next keys during the
@@ -55,12 +55,15 @@ inline void decode_logits(const AttentionTile& tile, int64_t row, int64_t lines,
   }
 }
 
-// As block_values of attention-inl.h, for the columns that are visible to any row.
+// weighted[r] = shrink[r] * weighted[r] + sum over columns of p[r][c] * value_c, for kRows rows and kVecs vectors at d.
+// The sum is added once, so that one heavy row does not dictate the rounding of all others.
 template <int kRows, int kVecs, class T>
 inline void decode_values(const AttentionTile& tile, int64_t row, int64_t d, const float* shrink, int64_t lines,
                           Ahead& ahead) {
   const T* value = static_cast<const T*>(tile.value) + d;
   const float* p = tile.logits + row * kTileColumns;
+  // Known to be whole vectors when there are several; one vector may be the partial last.
+  const int64_t width = kVecs > 1 ? kVecs * Vec::kLanes : tile.head_dim - d;
   Vec total[kRows][kVecs];
   for (int r = 0; r < kRows; ++r) {
     for (int i = 0; i < kVecs; ++i) total[r][i] = Vec::zero();
@@ -69,7 +72,7 @@ inline void decode_values(const AttentionTile& tile, int64_t row, int64_t d, con
     if (c % Vec::kColumnBlock == 0) ahead.some(lines);
     const T* v = value + c * tile.value_stride;
     Vec x[kVecs];
-    for (int i = 0; i < kVecs; ++i) x[i] = Vec::load(v + i * Vec::kLanes);
+    for (int i = 0; i < kVecs; ++i) x[i] = load_upto(v + i * Vec::kLanes, width - i * Vec::kLanes);
     for (int r = 0; r < kRows; ++r) {
       const Vec weight = Vec::fill(p[r * kTileColumns + c]);
       for (int i = 0; i < kVecs; ++i) total[r][i] = fma(weight, x[i], total[r][i]);
@@ -80,7 +83,7 @@ inline void decode_values(const AttentionTile& tile, int64_t row, int64_t d, con
     const Vec factor = Vec::fill(shrink[r]);
     for (int i = 0; i < kVecs; ++i) {
       const int64_t lane = i * Vec::kLanes;
-      fma(factor, Vec::load(out + lane), total[r][i]).store(out + lane);
+      store_upto(fma(factor, load_upto(out + lane, width - lane), total[r][i]), out + lane, width - lane);
     }
   }
 }
@@ -95,7 +98,7 @@ inline void decode_rows(const AttentionTile& tile, int64_t row, int64_t lines, A
   for (; d + kWide <= tile.head_dim; d += kWide) {
     decode_values<kRows, Vec::kColumnBlock, T>(tile, row, d, shrink, lines, ahead);
   }
-  for (; d < tile.head_dim; d += Vec::kLanes) block_values<kRows, 1, T>(tile, row, d, 0, tile.columns, shrink);
+  for (; d < tile.head_dim; d += Vec::kLanes) decode_values<kRows, 1, T>(tile, row, d, shrink, lines, ahead);
 }
 
 // Query rows as floats, scaled: [rows, head_dim].

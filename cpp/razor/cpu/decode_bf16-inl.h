@@ -49,7 +49,7 @@ inline __m512 spread(const float* x, int64_t rows, float other) {
 }
 
 // Logits become probabilities relative to the new maximum; zeros for what is not visible. As row_softmax of
-// attention-inl.h, for up to kRows rows at once. Returns the factors by which their states shrink.
+// attention_tile-inl.h, for up to kRows rows at once. Returns the factors by which their states shrink.
 template <int kRows>
 inline __m512 tile_softmax(const DecodeTask& task, const DecodeRun& run, int64_t row, float* logits) {
   constexpr int kKeys = Vec::kLanes / kRows;  // in a vector

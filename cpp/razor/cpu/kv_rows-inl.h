@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Single cache rows, written once against Vec: decode, encode, dot product, sum of consecutive rows.
-// Uses load_upto and store_upto of attention-inl.h.
+// Uses load_upto and store_upto of attention_tile-inl.h.
 
 namespace razor::cpu::RAZOR_ISA_NAMESPACE {
 namespace {
