@@ -184,7 +184,8 @@ def check_weights(run: Run) -> None:
 def accuracy(run: Run) -> list[Row]:
     """All methods at equal bytes; those of kvpress, if it is installed, at the two largest budgets."""
     gates = trained_gates(run.model, run.tokenizer, run.out / "gates")
-    names = ["full", "streaming", "random", "razor", "razor-uncompensated", "razor-echo", f"duo={gates}"]
+    names = ["full", "streaming", "random", "razor", "razor-uncompensated", "razor-induction", "razor-echo"]
+    names.append(f"duo={gates}")
     rows = run.ask(run.methods(names), "accuracy")
     if importlib.util.find_spec("kvpress") is None:
         return rows
