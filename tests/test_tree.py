@@ -97,7 +97,7 @@ def forbidden_includes(path: str, text: str) -> list[str]:
     """Of a file under cpp/. Arrows point down: bindings -> razor -> razor/cpu -> formats."""
     found = includes(text)
     if path.startswith("cpp/bindings/"):  # each sees one host, and no kernels
-        torch_side = path.endswith(("torch_ops.cpp", "torch_npu_ops.cpp", "full_heads.h"))
+        torch_side = path.endswith(("torch_ops.cpp", "torch_npu_ops.cpp", "full_heads.h", "torch_arrays.h"))
         other = r"(pybind11|numpy)/|Python\.h$" if torch_side else r"(torch\w*|ATen|c10)/"
         return [i for i in found if re.match(other, i) or (i.startswith("razor/cpu/") and i != "razor/cpu/isa.h")]
     if path.startswith("cpp/ascend/"):  # tests/test_ascend_emulation.py
@@ -345,6 +345,7 @@ UNDER_TEST = {
     "cpu/decode-inl.h": ("test_attention.py", "few_queries"),
     "cpu/decode_amx-inl.h": ("test_isa.py", "few queries"),
     "cpu/decode_bf16-inl.h": ("test_isa.py", "avx512_bf16"),
+    "cpu/decode_softmax-inl.h": ("test_isa.py", "avx512_bf16"),
     "cpu/isa.h": ("test_isa.py", "RAZOR_ISA"),
     "cpu/kernels.h": ("test_isa.py", "RAZOR_ISA"),
     "cpu/kv_codes-inl.h": ("test_kv_format.py", "int8"),

@@ -26,7 +26,6 @@ struct AttentionTile {
   float* logits;         // [rows, kTileColumns] scratch
   int64_t rows, columns, head_dim;
   int64_t key_stride, value_stride;  // elements
-  KvFormat format;
 };
 
 // Loads `count` < kLanes elements, zeros after them.

@@ -153,8 +153,7 @@ inline void typed_decode(const DecodeTask& task) {
                                 .columns = run.count,
                                 .head_dim = task.head_dim,
                                 .key_stride = run.key_stride,
-                                .value_stride = run.value_stride,
-                                .format = task.format};
+                                .value_stride = run.value_stride};
     Ahead ahead = ahead_of(task, i);
     // Every row block goes over keys and values in portions of kColumnBlock columns; each fetches as much.
     const int64_t row_blocks = rows / Vec::kRowBlock + rows % Vec::kRowBlock;

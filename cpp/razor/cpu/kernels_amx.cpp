@@ -5,12 +5,12 @@
 // After Vec, which they are written against.
 #include "razor/cpu/attention_tile-inl.h"
 #include "razor/cpu/decode-inl.h"
-#include "razor/cpu/decode_bf16-inl.h"
+#include "razor/cpu/decode_softmax-inl.h"
 #include "razor/cpu/kv_codes-inl.h"
 #include "razor/cpu/kv_rows-inl.h"
 #include "razor/cpu/products-inl.h"
 #include "razor/cpu/products_amx-inl.h"
-// After the panels and tiles of products, and the softmax of decode_bf16-inl.h.
+// After the panels and tiles of products, and the softmax.
 #include "razor/cpu/attention-inl.h"
 #include "razor/cpu/attention_amx-inl.h"
 #include "razor/cpu/decode_amx-inl.h"

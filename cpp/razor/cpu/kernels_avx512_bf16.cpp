@@ -6,12 +6,13 @@
 // After Vec, which they are written against.
 #include "razor/cpu/attention_tile-inl.h"
 #include "razor/cpu/decode-inl.h"
-#include "razor/cpu/decode_bf16-inl.h"
+#include "razor/cpu/decode_softmax-inl.h"
 #include "razor/cpu/kv_codes-inl.h"
 #include "razor/cpu/kv_rows-inl.h"
 #include "razor/cpu/products-inl.h"
-// After the panels of products.
+// After the panels of products, and the softmax.
 #include "razor/cpu/attention-inl.h"
+#include "razor/cpu/decode_bf16-inl.h"
 
 namespace razor::cpu {
 const Kernels kernels_avx512_bf16 = {.attention_block = avx512::attention_block,
