@@ -223,3 +223,6 @@ def test_npu_library_with_stand_ins(tmp_path: Path) -> None:
         npu.head_scores(query, key[:1].clone(), 9, scale=0.2)
     with pytest.raises(NotImplementedError, match="head_scores: expected float16 or bfloat16 on an NPU, got float32"):
         npu.head_scores(query.float(), key.float(), 9, scale=0.2)
+    quantised = [torch.zeros(8, 16, 36, dtype=torch.int8)] * 2 + cache[2:]
+    with pytest.raises(NotImplementedError, match="append: expected pages of float16 or bfloat16 on an NPU, got quant"):
+        npu.append(key, key, *quantised)

@@ -11,9 +11,9 @@
 #include <string>
 #include <tuple>
 
-#include "array_args.h"
 #include "ascend/op_host/launch.h"
 #include "full_heads.h"
+#include "torch_arrays.h"
 #include "torch_npu/csrc/core/npu/NPUGuard.h"
 #include "torch_npu/csrc/core/npu/NPUStream.h"
 #include "torch_npu/csrc/framework/OpCommand.h"
@@ -23,34 +23,10 @@ namespace {
 using at::Tensor;
 using razor::bindings::Array;
 using razor::bindings::CacheArrays;
-using razor::bindings::DType;
 
 Array array(const char* name, const Tensor& t) {
-  const auto dtype = [&] {
-    switch (t.scalar_type()) {
-      case at::kFloat:
-        return DType::kFloat32;
-      case at::kBFloat16:
-        return DType::kBFloat16;
-      case at::kHalf:
-        return DType::kFloat16;
-      case at::kInt:
-        return DType::kInt32;
-      case at::kLong:
-        return DType::kInt64;
-      case at::kBool:
-        return DType::kBool;
-      default:
-        return DType::kOther;
-    }
-  };
   RAZOR_CHECK(t.is_privateuseone(), name, ": expected a tensor on the NPU like the others, got one on another device");
-  return {.name = name,
-          .data = t.data_ptr(),
-          .dtype = dtype(),
-          .dims = t.dim(),
-          .sizes = t.sizes().data(),
-          .strides = t.strides().data()};
+  return razor::bindings::described(name, t);
 }
 
 std::optional<Array> array(const char* name, const std::optional<Tensor>& t) {
@@ -71,6 +47,13 @@ void refuse_float32(const char* op, const Tensor& query) {
   TORCH_CHECK_NOT_IMPLEMENTED(query.scalar_type() != at::kFloat, "razor::", op,
                               ": expected float16 or bfloat16 on an NPU, got float32; razor_attention.reference.", op,
                               " takes it");
+}
+
+// Kernels here read elements, not codes.
+void refuse_quantised(const char* op, const Tensor& pages) {
+  TORCH_CHECK_NOT_IMPLEMENTED(pages.scalar_type() != at::kChar && pages.scalar_type() != at::kByte, "razor::", op,
+                              ": expected pages of float16 or bfloat16 on an NPU, got quantised ones; ",
+                              "razor_attention.reference.", op, " takes them");
 }
 
 // A tiling in device memory. Shapes repeat from call to call: few copies are made, from pinned memory.
@@ -111,6 +94,7 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, co
                  const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& pad, double scale,
                  bool dense) {
   refuse_float32("attention", query);
+  refuse_quantised("attention", key_pages);
   const c10_npu::NPUGuard guard(query.device());
   return checked([&] {
     const CacheArrays cache{array("key_pages", key_pages),   array("value_pages", value_pages),
@@ -154,6 +138,7 @@ void append(const Tensor& key, const Tensor& value, const Tensor& key_pages, con
             const Tensor& compensate, const Tensor& key_sum, const Tensor& value_sum,
             const std::optional<Tensor>& pad) {
   refuse_float32("append", key);
+  refuse_quantised("append", key_pages);
   const c10_npu::NPUGuard guard(key.device());
   checked([&] {
     const CacheArrays arrays{array("key_pages", key_pages),   array("value_pages", value_pages),

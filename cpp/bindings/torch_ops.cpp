@@ -10,13 +10,12 @@
 #include <string>
 #include <tuple>
 
-#include "array_args.h"
+#include "torch_arrays.h"
 
 namespace {
 
 using razor::bindings::Array;
 using razor::bindings::CacheArrays;
-using razor::bindings::DType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -24,37 +23,9 @@ void torch_parallel_for_razor(int64_t begin, int64_t end, int64_t grain, razor::
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
 }
 
-DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    case ScalarType::Int:
-      return DType::kInt32;
-    case ScalarType::Long:
-      return DType::kInt64;
-    case ScalarType::Bool:
-      return DType::kBool;
-    case ScalarType::Char:
-      return DType::kInt8;
-    case ScalarType::Byte:
-      return DType::kUInt8;
-    default:
-      return DType::kOther;
-  }
-}
-
 Array array(const char* name, const Tensor& t) {
   RAZOR_CHECK(t.is_cpu(), name, ": expected a tensor on the CPU like the others, got one on another device");
-  return {.name = name,
-          .data = t.data_ptr(),
-          .dtype = dtype_of(t),
-          .dims = t.dim(),
-          .sizes = t.sizes().data(),
-          .strides = t.strides().data()};
+  return razor::bindings::described(name, t);
 }
 
 std::optional<Array> array(const char* name, const std::optional<Tensor>& t) {
