@@ -2,12 +2,18 @@
 """attach: switches a model over and back again, whatever happens in between, and gives each prompt its cache."""
 
 import copy
+import inspect
 
 import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from razor_attention import Plan, RazorCache, attach
+from razor_attention.hf.attention import razor_attention
+from razor_attention.hf.calibrate import probe_attention
+from razor_attention.hf.gates import gated_attention
+from razor_attention.hf.mass import mass_attention
 from tiny_models import (
     FULL_PLAN,
     KV_HEADS,
@@ -175,3 +181,10 @@ def test_the_text_part_of_a_multimodal_model(llama):
         assert torch.equal(ours, answer(model, ids, mask))
     assert not torch.equal(ours, stock)
     assert model.model.language_model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("function", [razor_attention, probe_attention, mass_attention, gated_attention])
+def test_attention_functions_take_what_sdpa_takes_by_place(function):
+    """Wrappers around registered functions hand dropout on by place, as kvpress does."""
+    theirs, ours = (list(inspect.signature(one).parameters)[:7] for one in (sdpa_attention_forward, function))
+    assert ours[5:7] == theirs[5:7] == ["dropout", "scaling"]

@@ -264,8 +264,8 @@ def gated_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
     dropout: float = 0.0,
+    scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function registered as "razor_gates": causal attention mixed with that to sinks and window."""
