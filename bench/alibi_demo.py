@@ -24,8 +24,9 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from razor_attention import Plan, RazorCache, attach, dropped_mass, find_windows
 from razor_attention.alibi import smallest_windows
 from razor_attention.files import save_windows
+from razor_attention.hf.cache import cache_bytes
 
-from .harness import cache_bytes, table
+from .harness import table
 from .plot import plot_windows
 from .questions import asked_tokens, make_text
 

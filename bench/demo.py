@@ -26,9 +26,9 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from razor_attention import HeadScores, Plan, RazorCache, attach, find_heads
 from razor_attention.files import LayerHeads, merge_heads, save_heads
-from razor_attention.hf.cache import Prefill
+from razor_attention.hf.cache import Prefill, cache_bytes
 
-from .harness import cache_bytes, table
+from .harness import table
 from .plot import plot_scores
 from .questions import ANSWER_TOKENS, QUESTION_TOKENS, WORDS, Question, as_batch, make_questions
 

@@ -32,9 +32,10 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from razor_attention import Plan, RazorCache, attach
+from razor_attention.hf.cache import cache_bytes
 
 from .cases import rows_read, rows_read_by_prompt
-from .harness import Row, Timing, cache_bytes, make_row, measured, parser, report, timing
+from .harness import Row, Timing, make_row, measured, parser, report, timing
 from .memory import Shape, new_model, razor_plan
 
 CHUNK = 1024  # tokens of the prompt in one call

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -295,13 +294,6 @@ def report(rows: Sequence[Row], results: Path) -> None:
         ]
         print(table(header, cells))
     print(f"appended to {append_rows(rows, results)}")
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes that a transformers cache holds: ours says so itself, of another one the keys and values are added up."""
-    if hasattr(cache, "nbytes"):
-        return int(cache.nbytes)
-    return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 
 def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:

@@ -33,8 +33,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from razor_attention import Plan, RazorCache, attach
+from razor_attention.hf.cache import cache_bytes
 
-from .harness import RESULTS, Row, Timing, append_rows, cache_bytes, make_row, table, timing
+from .harness import RESULTS, Row, Timing, append_rows, make_row, table, timing
 
 VARIANTS = ("dynamic", "razor", "control")
 CHUNK = 256  # tokens of the prompt in one call; more would drown the cache in activations

@@ -217,3 +217,11 @@ class RazorCache(Cache):
     def nbytes(self) -> int:
         """Bytes of the pages in use and of the compensation sums of all layers; pools keep pages for reuse."""
         return sum(layer.cache.nbytes for layer in self.layers if layer.cache is not None)
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes that a transformers cache holds: ours says so itself, of another one the keys and values are added up."""
+    if isinstance(cache, RazorCache):
+        return cache.nbytes
+    kept: list[Any] = list(cache.layers)  # with keys and values once they hold any
+    return sum(tensor.nbytes for layer in kept for tensor in (layer.keys, layer.values))

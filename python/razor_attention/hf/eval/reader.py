@@ -22,7 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ...plan import Plan
 from ..attention import attach
-from ..cache import Prefill, RazorCache
+from ..cache import Prefill, RazorCache, cache_bytes
 
 PAGE_SIZE = 16  # the smallest, so that budgets are met closely
 Way: TypeAlias = "Plan | Press | Callable[[PreTrainedModel], AbstractContextManager[object]] | None"
@@ -43,13 +43,6 @@ class Press:
 
     name: str  # class in kvpress
     kept: int  # tokens that it leaves of those it sees
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes that a transformers cache holds: ours says so itself, of another one the keys and values are added up."""
-    if isinstance(cache, RazorCache):
-        return cache.nbytes
-    return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 
 class Reader:
