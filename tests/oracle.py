@@ -5,6 +5,8 @@ Nothing here knows pages, rings or running sums; nothing here is shared with the
 Letters: H query heads, K kv heads, L tokens of one sequence (padding left out), D head_dim.
 """
 
+import math
+
 import numpy as np
 
 FULL = 2**31 - 1
@@ -109,15 +111,17 @@ def quantised(x, kv):
         code = np.divide(x, scale, out=np.zeros_like(x), where=scale > 0)
         return np.clip(np.rint(code), -127, 127).astype(float) * scale, np.broadcast_to(scale, x.shape)
     out, step = np.zeros(x.shape), np.zeros(x.shape)
-    for row, number in np.ndindex(len(x), -(-x.shape[1] // 32)):
-        part = row, slice(32 * number, 32 * number + 32)
-        group = x[part]
-        zero = np.float16(group.min())
-        zero = np.nextafter(zero, np.float16(-np.inf)) if zero > group.min() else zero
-        span = (group.max() - np.float32(zero)) / np.float32(15)
-        scale = np.float16(span)
-        scale = np.nextafter(scale, np.float16(np.inf)) if scale < span else scale
-        code = (group - np.float32(zero)) / np.float32(scale) if scale else np.zeros_like(group)
-        out[part] = float(zero) + np.clip(np.rint(code), 0, 15).astype(float) * float(scale)
+    for row, number in np.ndindex(len(x), -(-x.shape[1] // 16)):
+        part = row, slice(16 * number, 16 * number + 16)
+        low, high = min(x[part].min(), np.float32(0)), max(x[part].max(), np.float32(0))
+        mantissa, exponent = math.frexp((high - low) / np.float32(16))
+        eighths = math.ceil(16 * mantissa)  # 8 ... 16 of a power of two
+        scale = max(math.ldexp(eighths, exponent - 4), 2.0**-126)
+        zero = math.ceil(-low / np.float32(scale) - np.float32(0.5))
+        if zero > np.float32(15.5) - high / np.float32(scale):
+            scale += 2.0 ** (math.frexp(scale)[1] - 4)
+            zero = math.ceil(-low / np.float32(scale) - np.float32(0.5))
+        code = np.clip(np.rint(x[part] / np.float32(scale)) + zero, 0, 15)
+        out[part] = (code.astype(float) - zero) * scale
         step[part] = scale
     return out, step

@@ -261,7 +261,7 @@ def test_generate_stores_in_fewer_bits(model, capsys):
     for kv in ("int8", "int4"):
         razor("generate", model, "--plan", "full.json", "--prompt", TEXT, "--max-new-tokens", 9, "--kv", kv)
         shares[kv] = float(re.search(r", ([\d.]+) of the full cache's", capsys.readouterr().out)[1])
-    assert shares == {"int8": 0.38, "int4": 0.25}  # 12 and 8 bytes instead of 32, of head_dim 8 in float32
+    assert shares == {"int8": 0.38, "int4": 0.19}  # 12 and 6 bytes instead of 32, of head_dim 8 in float32
     code, error = fails(capsys, "generate", model, "--plan", "full.json", "--prompt", TEXT, "--kv", "int2")
     assert (code, error) == (2, "razor: --kv: expected one of int8, int4, got 'int2'\n")
 

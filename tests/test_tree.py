@@ -349,6 +349,7 @@ UNDER_TEST = {
     "cpu/isa.h": ("test_isa.py", "RAZOR_ISA"),
     "cpu/kernels.h": ("test_isa.py", "RAZOR_ISA"),
     "cpu/kv_codes-inl.h": ("test_kv_format.py", "int8"),
+    "cpu/kv_codes_bf16-inl.h": ("test_quantised.py", "few_queries"),
     "cpu/kv_rows-inl.h": ("test_kv_cache.py", "append"),
     "cpu/products-inl.h": ("test_alibi_windows.py", "alibi_windows"),
     "cpu/products_amx-inl.h": ("test_isa.py", "amx"),

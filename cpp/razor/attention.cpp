@@ -80,9 +80,9 @@ struct Scratch {
   SoftmaxState state;       // [rows]
   float *slope, *origin;    // [rows]
   float *dropped, *scaled;  // key sum, value sum, mean key, mean value; a query
-  // For the tokens of a quantised cache: keys and values of kDecodedTokens, and queries in float32, [rows, head_dim]
-  // and packed.
-  Floats decoded, float_rows, float_query;
+  // For the tokens of a quantised cache: rows and scales of their keys and values.
+  Floats decoded;                  // [2, kDecodedTokens, head_dim]
+  float *key_scale, *value_scale;  // [kDecodedTokens]
 
   Scratch(int64_t rows, int64_t head_dim, bool coded)
       : tiled(rows, head_dim),
@@ -92,9 +92,9 @@ struct Scratch {
         origin(slope + rows),
         dropped(origin + rows),
         scaled(dropped + 4 * head_dim),
-        decoded(coded ? 2 * kDecodedTokens * head_dim : 0),
-        float_rows(coded ? rows * head_dim : 0),
-        float_query(coded ? cpu::packed_queries(rows, head_dim) : 0) {}
+        decoded(coded ? 2 * kDecodedTokens * (head_dim + 1) : 0),
+        key_scale(decoded.get()),
+        value_scale(key_scale + kDecodedTokens) {}
 };
 
 struct Worker {
@@ -118,13 +118,28 @@ struct Worker {
   void pack_queries() {
     for (int64_t r = 0; r < rows(); ++r) scratch.tiled.queries[r] = query_row(r);
     kernels.pack_queries(scratch.tiled.queries.data(), rows(), head_dim, params.cache.format, scratch.tiled.query);
-    if (params.cache.codes == KvCodes::kNone || block.row.seen == 0) return;
-    float* row = scratch.float_rows.get();
-    for (int64_t r = 0; r < rows(); ++r, row += head_dim) {
-      kernels.load_row(query_row(r), head_dim, params.cache.format, 1.0f, row);
-      scratch.tiled.queries[r] = row;
-    }
-    kernels.pack_queries(scratch.tiled.queries.data(), rows(), head_dim, KvFormat::kF32, scratch.float_query.get());
+  }
+
+  // What rows of a quantised cache are decoded to: the format that queries were packed from, or float32, which is
+  // packed in the same way as float16.
+  KvFormat decoded_format() const { return params.cache.format == KvFormat::kBF16 ? KvFormat::kBF16 : KvFormat::kF32; }
+
+  // Codes to rows, the first of them being column c.
+  Run decode(const Run& run, int64_t c) {
+    const KvFormat format = decoded_format();
+    char* keys = reinterpret_cast<char*>(scratch.value_scale + kDecodedTokens);
+    char* values = keys + kDecodedTokens * head_dim * element_size(format);
+    const auto rows = [&](const void* codes, const void* numbers, char* to, float* scales) {
+      to += c * head_dim * element_size(format);
+      kernels.decode_rows(codes, numbers, run.count, head_dim, params.cache.codes, format, to, scales + c);
+      return to;
+    };
+    return {.key = rows(run.key, run.key_numbers, keys, scratch.key_scale),
+            .value = rows(run.value, run.value_numbers, values, scratch.value_scale),
+            .key_stride = head_dim,
+            .value_stride = head_dim,
+            .count = run.count,
+            .format = format};
   }
 
   // Which of the tokens [begin, begin + columns) the rows see.
@@ -150,20 +165,23 @@ struct Worker {
       const bool coded = params.cache.codes != KvCodes::kNone && begin < block.row.seen;
       columns = coded ? std::min({kDecodedTokens, end - begin, block.row.seen - begin})
                       : std::min(kTiledColumns, end - begin);
-      const KvFormat format = coded ? KvFormat::kF32 : params.cache.format;
+      const bool scaled = coded && params.cache.codes == KvCodes::kInt8;  // scales of int4 are 1
+      const KvFormat format = coded ? decoded_format() : params.cache.format;
       const int64_t element_bytes = element_size(format);
       for (int64_t c = 0; c < columns;) {
         Run run = next_run(params.cache, params.tokens, block.row, begin + c, begin + columns, columns);
-        if (coded) run = decoded(params.cache, run, scratch.decoded.get() + 2 * c * head_dim);
+        if (coded) run = decode(run, c);
         for (int64_t i = 0; i < run.count; ++i, ++c) {
           tiled.keys[c] = static_cast<const char*>(run.key) + i * run.key_stride * element_bytes;
           tiled.values[c] = static_cast<const char*>(run.value) + i * run.value_stride * element_bytes;
         }
       }
       see_columns(begin, columns, sinks);
-      kernels.attention_block({.query = coded ? scratch.float_query.get() : tiled.query,
+      kernels.attention_block({.query = tiled.query,
                                .key_rows = tiled.keys.data(),
                                .value_rows = tiled.values.data(),
+                               .key_scale = scaled ? scratch.key_scale : nullptr,
+                               .value_scale = scaled ? scratch.value_scale : nullptr,
                                .first = tiled.first.data(),
                                .last = tiled.last.data(),
                                .slope = params.alibi_slopes ? scratch.slope : nullptr,

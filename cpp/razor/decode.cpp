@@ -16,8 +16,7 @@ namespace razor {
 namespace {
 
 constexpr int64_t kItemTokens = 1024;
-constexpr int64_t kMostRuns = 32;       // of one kernel call
-constexpr int64_t kDecodedTokens = 32;  // of a quantised cache, decoded at once: in float32 they fit the L1 cache
+constexpr int64_t kMostRuns = 32;  // of one kernel call
 
 // A page-table row with the tokens that any query sees: the sinks, and everything from the oldest window on.
 struct Part {
@@ -69,11 +68,6 @@ float* scratch(int64_t floats) {
   return kept.get(floats);
 }
 
-// For a quantised cache: a run of it, decoded, and queries in float32.
-int64_t decoded_floats(const KvCacheView& cache, int64_t rows) {
-  return cache.codes == KvCodes::kNone ? 0 : (2 * kDecodedTokens + rows) * cache.head_dim;
-}
-
 class Worker {
  public:
   explicit Worker(const AttentionParams& params)
@@ -82,12 +76,10 @@ class Worker {
         group_(params.num_heads / params.cache.num_kv_heads),
         rows_(params.tokens.q_len * group_),
         kernel_scratch_(scratch(cpu::decode_scratch(rows_, head_dim_) + 5 * head_dim_ + rows_ +
-                                SoftmaxState::floats(rows_, head_dim_) + decoded_floats(params.cache, rows_))),
+                                SoftmaxState::floats(rows_, head_dim_))),
         means_(kernel_scratch_ + cpu::decode_scratch(rows_, head_dim_)),
         query_(means_ + 4 * head_dim_),
         slope_(query_ + head_dim_),
-        decoded_(slope_ + rows_ + SoftmaxState::floats(rows_, head_dim_)),
-        float_query_(decoded_ + 2 * kDecodedTokens * head_dim_),
         bounds_(2 * rows_) {}
 
   // Memory for the state of an item that is the only one of its part.
@@ -98,11 +90,6 @@ class Worker {
     state_ = state;
     state.clear(rows(), head_dim_);
     task_ = task();
-    if (params_.cache.codes != KvCodes::kNone) {
-      for (int64_t r = 0; r < rows(); ++r) {
-        kernels_.load_row(query_row(r), head_dim_, params_.cache.format, 1.0f, float_query_ + r * head_dim_);
-      }
-    }
     // A single query sees all of them: one call of the kernel takes sinks and window.
     const bool alone = rows() == group_;
     see(/*sinks=*/true);
@@ -145,6 +132,7 @@ class Worker {
             .group = group_,
             .head_dim = head_dim_,
             .format = params_.cache.format,
+            .codes = params_.cache.codes,
             .scale = params_.scale};
   }
 
@@ -163,32 +151,17 @@ class Worker {
   void add_runs(int64_t begin, int64_t end) {
     for (int64_t position = begin; position < end;) {
       if (task_.num_runs == kMostRuns) attend_runs();
-      const int64_t most = params_.cache.codes == KvCodes::kNone ? cpu::kTileColumns : kDecodedTokens;
-      Run run = next_run(params_.cache, params_.tokens, part_->row, position, end, most);
-      if (run.key_numbers != nullptr) {  // one at a time: decoded ones would crowd each other out of the caches
-        attend_runs();
-        run = decoded(params_.cache, run, decoded_);
-      }
-      take_format(run.format);
+      const Run run = next_run(params_.cache, params_.tokens, part_->row, position, end, cpu::kTileColumns);
       runs_[task_.num_runs++] = {.key = run.key,
                                  .value = run.value,
+                                 .key_numbers = run.key_numbers,
+                                 .value_numbers = run.value_numbers,
                                  .key_stride = run.key_stride,
                                  .value_stride = run.value_stride,
                                  .count = run.count,
                                  .begin = position};
       position += run.count;
     }
-  }
-
-  // The next runs are of this format: the cache's, or float32 where it was decoded.
-  void take_format(KvFormat format) {
-    if (format == task_.format) return;
-    attend_runs();
-    task_ = task();
-    if (format == task_.format) return;
-    task_.query = float_query_;
-    task_.query_stride[0] = group_ * head_dim_, task_.query_stride[1] = head_dim_;
-    task_.format = format;
   }
 
   void attend_runs() {
@@ -214,7 +187,6 @@ class Worker {
   int64_t head_dim_, group_, rows_;  // rows of the part with the least padding
   float* kernel_scratch_;
   float *means_, *query_, *slope_;  // [4, head_dim], [head_dim], [rows]
-  float *decoded_, *float_query_;   // [2, kDecodedTokens, head_dim], [rows, head_dim] of a quantised cache
   std::vector<int64_t> bounds_;     // first[rows], last[rows]
   cpu::DecodeRun runs_[kMostRuns];
   const Part* part_ = nullptr;

@@ -106,8 +106,10 @@ Run decoded(const KvCacheView& cache, const Run& run, float* memory) {
   if (run.key_numbers == nullptr) return run;
   const auto& kernels = cpu::kernels();
   float* value = memory + run.count * cache.head_dim;
-  kernels.decode_rows(run.key, run.key_numbers, run.count, cache.head_dim, cache.codes, memory);
-  kernels.decode_rows(run.value, run.value_numbers, run.count, cache.head_dim, cache.codes, value);
+  kernels.decode_rows(run.key, run.key_numbers, run.count, cache.head_dim, cache.codes, KvFormat::kF32, memory,
+                      /*scales=*/nullptr);
+  kernels.decode_rows(run.value, run.value_numbers, run.count, cache.head_dim, cache.codes, KvFormat::kF32, value,
+                      /*scales=*/nullptr);
   return {.key = memory,
           .value = value,
           .key_stride = cache.head_dim,

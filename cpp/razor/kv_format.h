@@ -1,10 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Encodings of one cache row (head_dim elements). Python and Ascend use the same values.
 //
-// Quantised rows are codes and a few numbers. int8: x = code * scale, one float32 scale for each row. int4: x = zero +
-// code * scale, float16 scale and zero for each group of elements; byte i of the codes holds element i in its low half,
-// element i + ceil(head_dim / 2) in the high one. In a page the codes of all its rows come first, then their numbers,
-// so that both are evenly spaced and aligned. What is not finite makes the scale NaN.
+// Quantised rows are codes and a few numbers, little-endian. In a page the codes of all its rows come first, then their
+// numbers, so that both are evenly spaced and aligned.
+// int8: head_dim signed codes -127 ... 127 and one float32, the scale = max |x| / 127; x = code * scale.
+// int4: ceil(head_dim / 2) bytes of codes 0 ... 15, and one 16-bit word for each 16 elements (the last may have fewer).
+//     Byte i holds element i in its low half, element i + ceil(head_dim / 2) in the high one (0 where there is none).
+//     Bits 4 ... 15 of a word are the upper 12 bits of a float32 >= 2^-126, the scale: 4 significant bits. Bits 0 ... 3
+//     are the zero point. x = (code - zero point) * scale has 4 + 4 significant bits: it is a bfloat16 number.
+// What is not finite, or in int4 spans more than float32 does, makes the scale NaN (0x7fc00000) and all codes 0.
+// reference.py, encode_rows, says how scales, zero points and codes are chosen.
 #pragma once
 
 #include <stdint.h>
@@ -17,7 +22,7 @@ enum class KvCodes : int32_t { kNone = 0, kInt8 = 1, kInt4 = 2 };
 
 constexpr int64_t element_size(KvFormat format) { return format == KvFormat::kF32 ? 4 : 2; }
 
-inline constexpr int64_t kInt4Group = 32;  // elements
+inline constexpr int64_t kInt4Group = 16;  // elements of one word
 
 // Bytes of one row: its codes, or its elements as they are, and its numbers.
 struct RowBytes {
@@ -31,7 +36,7 @@ constexpr RowBytes row_bytes(KvFormat format, KvCodes codes, int64_t head_dim) {
     case KvCodes::kInt8:
       return {.codes = head_dim, .numbers = 4};
     case KvCodes::kInt4:
-      return {.codes = (head_dim + 1) / 2, .numbers = (head_dim + kInt4Group - 1) / kInt4Group * 4};
+      return {.codes = (head_dim + 1) / 2, .numbers = (head_dim + kInt4Group - 1) / kInt4Group * 2};
     case KvCodes::kNone:
       break;
   }

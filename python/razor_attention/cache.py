@@ -33,8 +33,8 @@ class LayerCache:
         batch_size: sequences.
         head_dim: elements of one key or value.
         dtype: float32, bfloat16 or float16, which queries, keys and values then have too; or torch.int8 or "int4",
-            in which any of the three is stored: one scale for each row, or a scale and an offset for every 32 elements
-            (see `reference.encode_rows`; int4 saturates beyond the range of float16).
+            in which any of the three is stored: one scale for each row, or a scale and a zero point for every 16
+            elements (see `reference.encode_rows`).
         device: where the tensors live; devices without kernels run the reference.
         page_size: tokens in a page, a multiple of 16.
         alibi_slopes: (num_heads,), float32. None: no ALiBi.

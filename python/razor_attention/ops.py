@@ -57,8 +57,8 @@ def attention(
         key: (batch, num_kv_heads, q_len, head_dim), dtype of query. Rotated keys of the new tokens.
         value: (batch, num_kv_heads, q_len, head_dim), dtype of query.
         key_pages: (num_pages, page_size, head_dim), dtype of query. Page pool; page_size a multiple of 16. Quantised:
-            (num_pages, page_size, row bytes), int8 (head_dim + 4 bytes) or uint8 for int4 (ceil(head_dim / 2) + 4 *
-            ceil(head_dim / 32)); a page holds the codes of its rows, then their numbers: see `reference.encode_rows`.
+            (num_pages, page_size, row bytes), int8 (head_dim + 4 bytes) or uint8 for int4 (ceil(head_dim / 2) + 2 *
+            ceil(head_dim / 16)); a page holds the codes of its rows, then their numbers: see `reference.encode_rows`.
         value_pages: (num_pages, page_size, head_dim or row bytes), as key_pages. Tokens of this call are read as they
             are given, and quantised when they are stored.
         page_table: (batch * num_kv_heads, max_pages), int32. Page ids of each (sequence, kv head), row

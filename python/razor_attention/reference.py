@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 FULL = 2**31 - 1  # window_size of a head that keeps every token
-GROUP = 32  # elements of an int4 row that share two numbers; kInt4Group in cpp/razor/kv_format.h
+GROUP = 16  # elements of an int4 row that share one word; kInt4Group in cpp/razor/kv_format.h
 
 
 def kept_tokens(seen: int, sink: int, window: int) -> list[int]:
@@ -38,7 +38,7 @@ def _locate(page_table_row: Tensor, tokens: list[int], sink: int, window: int, p
 
 def quantised_bytes(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of one row's codes and numbers in pages of int8 or uint8 (two codes of 4 bits in a byte)."""
-    return (head_dim, 4) if dtype == torch.int8 else ((head_dim + 1) // 2, 4 * -(-head_dim // GROUP))
+    return (head_dim, 4) if dtype == torch.int8 else ((head_dim + 1) // 2, 2 * -(-head_dim // GROUP))
 
 
 def row_width(head_dim: int, dtype: torch.dtype) -> int:
@@ -46,30 +46,38 @@ def row_width(head_dim: int, dtype: torch.dtype) -> int:
     return sum(quantised_bytes(head_dim, dtype)) if dtype in (torch.int8, torch.uint8) else head_dim
 
 
-def _half_below(x: Tensor) -> Tensor:
-    """The largest float16 <= x, within +-65504; never -0."""
-    x = x.clamp(-65504, 65504)
-    half = x.half() + 0.0
-    bits = half.view(torch.int16)
-    step = torch.where(half > 0, -1, 1).to(torch.int16)
-    below = torch.where(half == 0, torch.full_like(bits, -0x7FFF), bits + step).view(torch.half)  # 0 -> -2**-24
-    return torch.where(half.float() > x, below, half) + 0.0
+def _int4_words(least: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """Bits of float32 scales, int32, and zero points, float32, of groups between least <= 0 and largest >= 0."""
+
+    def zero_point(bits: Tensor) -> Tensor:
+        return (-least / bits.view(torch.float32) - 0.5).ceil()
+
+    bits = (((largest - least) / 16).view(torch.int32) + 0xFFFFF) & -0x100000  # rounded up to 4 significant bits
+    bits = bits.clamp(min=0x800000)
+    fits = zero_point(bits) <= 15.5 - largest / bits.view(torch.float32)
+    bits = torch.where(fits, bits, bits + 0x100000)
+    return bits, zero_point(bits)
 
 
 def encode_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Quantised rows, all of it in float32; what is not finite makes a scale NaN.
 
-    int8: scale = max |x| / 127, code = round(x / scale). int4, by groups: zero = float16 <= min x, scale = float16 >=
-    (max x - zero) / 15, code = round((x - zero) / scale), which saturates beyond the range of float16.
+    int8: scale = max |x| / 127, code = round(x / scale); no element is off by more than half a scale.
+
+    int4, by groups of 16: lo = min(min x, 0), hi = max(max x, 0); the scale is the smallest number of 4 significant
+    bits >= (hi - lo) / 16 and 2^-126, zero = ceil(-lo / scale - 0.5), code = round(x / scale) + zero within 0 ... 15.
+    Where zero > 15.5 - hi / scale, so that the codes do not reach hi, the scale is the next larger one. No element is
+    off by more than half a scale, which is at most 9/8 (hi - lo) / 15 (or 2^-126), and what stands for an element,
+    (code - zero) * scale, is a bfloat16 number, zero where the element is. A span beyond float32 counts as not finite.
 
     Args:
         rows: (count, head_dim), f32 | bf16 | f16.
         dtype: int8 or uint8 (int4).
 
     Returns:
-        codes, (count, head_dim) or (count, ceil(head_dim / 2)), and numbers, (count, number bytes), both uint8. int4:
-        byte i holds element i in its low half, element i + ceil(head_dim / 2) in the high one; the numbers are scale
-        and zero of each group.
+        codes, (count, head_dim) or (count, ceil(head_dim / 2)), and numbers, (count, number bytes), both uint8. int8:
+        the numbers are the float32 scale. int4: byte i holds element i in its low half, element i + ceil(head_dim / 2)
+        in the high one; the numbers are 16 bits for each group, the upper 12 of the float32 scale and the zero point.
     """
     x = rows.float()
     if dtype == torch.int8:
@@ -77,29 +85,29 @@ def encode_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         scale = (largest / torch.full_like(largest, 127)).masked_fill(~x.isfinite().all(-1, keepdim=True), torch.nan)
         code = (x / scale).round().clamp(-127, 127).masked_fill(~(scale > 0), 0)
         return code.to(torch.int8).view(torch.uint8), scale.view(torch.uint8)
-    head_dim = x.shape[1]
-    x = torch.cat([x, x[:, -1:].expand(-1, -head_dim % GROUP)], 1)  # a whole last group
-    x = x.view(len(x), -(-head_dim // GROUP), GROUP)
-    finite, least, largest = x.isfinite().all(-1), x.amin(-1), x.amax(-1)
-    zero = _half_below(least).masked_fill(~finite, 0)
-    span = (largest - zero.float()).clamp(min=0)  # negative where all is below float16's range
-    scale = (-_half_below(-(span / torch.full_like(span, 15))) + 0.0).masked_fill(~finite, torch.nan)
-    code = ((x - zero.float()[..., None]) / scale.float()[..., None]).round().clamp(0, 15)
-    code = code.masked_fill(~(scale > 0)[..., None], 0).to(torch.uint8).flatten(1)[:, :head_dim]
+    count, head_dim = x.shape
+    x = torch.nn.functional.pad(x, (0, -head_dim % GROUP))  # zeros change neither lo nor hi
+    x = x.view(count, -(-head_dim // GROUP), GROUP)
+    least, largest = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
+    finite = (largest - least).isfinite()
+    bits, zero = _int4_words(least, largest)
+    code = ((x / bits.view(torch.float32)[..., None]).round() + zero[..., None]).clamp(0, 15)
+    code = code.masked_fill(~finite[..., None], 0).to(torch.uint8).flatten(1)[:, :head_dim]
     low, high = code[:, : (head_dim + 1) // 2], code[:, (head_dim + 1) // 2 :]
     high = torch.nn.functional.pad(high, (0, head_dim % 2))
-    return low | high << 4, torch.stack([scale, zero], -1).flatten(1).view(torch.uint8)
+    word = (bits >> 16).masked_fill(~finite, 0x7FC0) | zero.masked_fill(~finite, 0).int()
+    return low | high << 4, word.to(torch.int16).view(torch.uint8)
 
 
 def decode_rows(codes: Tensor, numbers: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
-    """What `encode_rows` made, exactly: (count, head_dim), code * scale or zero + code * scale."""
+    """What `encode_rows` made, exactly: (count, head_dim), code * scale or (code - zero) * scale."""
     if dtype == torch.int8:
         return _double(codes.view(torch.int8)) * _double(numbers.view(torch.float32))
-    pairs = _double(numbers.view(torch.half))
-    scale, zero = pairs[:, ::2], pairs[:, 1::2]
+    word = numbers.view(torch.int16).int()
+    scale, zero = ((word & 0xFFF0) << 16).view(torch.float32), word & 15
     code = torch.cat([codes & 15, codes >> 4], 1)[:, :head_dim]
-    spread = torch.arange(head_dim, device=codes.device) // GROUP
-    return zero[:, spread] + _double(code) * scale[:, spread]
+    group = torch.arange(head_dim, device=codes.device) // GROUP
+    return _double(code - zero[:, group]) * _double(scale[:, group])
 
 
 def _parts(pages: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:

@@ -124,8 +124,24 @@ std::vector<float> some_floats(int64_t count, float scale) {
   return x;
 }
 
-State run_blocks(const Input& in, const Visible& visible, const float* slope, const float* origin, KvFormat format,
-                 const Kernels& kernels, void (*kernel)(const AttentionBlock&)) {
+// Of keys and values of a block, or none.
+struct Scales {
+  std::vector<float> key, value;
+  explicit Scales(int64_t columns) {
+    if (below(3) > 0) key = some_scales(columns);
+    if (!key.empty() && below(4) == 0) key[below(columns)] = kNan;
+    if (below(3) > 0) value = some_scales(columns);
+  }
+  static std::vector<float> some_scales(int64_t count) {
+    std::vector<float> x = some_floats(count, 0.3f);  // large logits would lose digits
+    for (float& y : x) y = below(16) == 0 ? 0.0f : std::exp(y);
+    return x;
+  }
+  static const float* of(const std::vector<float>& x) { return x.empty() ? nullptr : x.data(); }
+};
+
+State run_blocks(const Input& in, const Visible& visible, const Scales& scales, const float* slope, const float* origin,
+                 KvFormat format, const Kernels& kernels, void (*kernel)(const AttentionBlock&)) {
   State state(in.rows, in.head_dim);
   std::vector<const void*> queries, keys, values;
   for (int64_t r = 0; r < in.rows; ++r) queries.push_back(in.query.at(r * in.head_dim));
@@ -138,6 +154,8 @@ State run_blocks(const Input& in, const Visible& visible, const float* slope, co
   kernel({.query = query.get(),
           .key_rows = keys.data(),
           .value_rows = values.data(),
+          .key_scale = Scales::of(scales.key),
+          .value_scale = Scales::of(scales.value),
           .first = visible.first.data(),
           .last = visible.last.data(),
           .slope = slope,
@@ -159,10 +177,11 @@ void compare_blocks(KvFormat format, int64_t head_dim) {
   for (int64_t rows : {1, 33, 70}) {
     const Input in(rows, 1 + below(600), head_dim, format);
     const Visible visible(rows, in.columns);
+    const Scales scales(in.columns);
     const std::vector<float> origin = some_floats(rows, 100), slopes = some_floats(rows, 0.01f);
     const float* slope = below(2) == 0 ? slopes.data() : nullptr;
     const auto run = [&](const Kernels& k, auto* kernel) {
-      return run_blocks(in, visible, slope, origin.data(), format, k, kernel);
+      return run_blocks(in, visible, scales, slope, origin.data(), format, k, kernel);
     };
     expect_state("attention_block", in.name(), run(mine, mine.attention_block), run(scalar, scalar.attention_block),
                  head_dim);
@@ -171,17 +190,40 @@ void compare_blocks(KvFormat format, int64_t head_dim) {
   }
 }
 
+// Keys and values of an input as a cache holds them: runs of pages of codes and numbers, in memory of exactly that
+// size.
+struct CodedRuns {
+  std::vector<std::vector<float>> numbers;  // of a run's keys or values; floats for their alignment
+  std::vector<std::vector<uint8_t>> codes;
+
+  void add(const Input& in, KvFormat format, KvCodes to, DecodeRun& run) {
+    if (to == KvCodes::kNone) return;
+    const RowBytes bytes = row_bytes(format, to, in.head_dim);
+    for (const Elements* rows : {&in.key, &in.value}) {
+      codes.emplace_back(run.count * bytes.codes);
+      numbers.emplace_back((run.count * bytes.numbers + 3) / 4);
+      kernels_scalar.encode_rows(rows->at(run.begin * in.stride), in.stride, run.count, in.head_dim, format, to,
+                                 codes.back().data(), numbers.back().data());
+      (rows == &in.key ? run.key : run.value) = codes.back().data();
+      (rows == &in.key ? run.key_numbers : run.value_numbers) = numbers.back().data();
+    }
+  }
+};
+
+// Runs of `most` tokens; the last one as it came where codes hold the others.
 State run_decode(const Input& in, const Visible& visible, const float* slope, int64_t group, KvFormat format,
-                 void (*kernel)(const DecodeTask&)) {
+                 KvCodes codes, int64_t most, void (*kernel)(const DecodeTask&)) {
   State state(in.rows, in.head_dim);
+  CodedRuns coded;
   std::vector<DecodeRun> runs;
-  for (int64_t begin = 0; begin < in.columns; begin += kTileColumns) {
+  for (int64_t begin = 0; begin < in.columns; begin += most) {
     runs.push_back({.key = in.key.at(begin * in.stride),
                     .value = in.value.at(begin * in.stride),
                     .key_stride = in.stride,
                     .value_stride = in.stride,
-                    .count = std::min(kTileColumns, in.columns - begin),
+                    .count = std::min(most, in.columns - begin),
                     .begin = begin});
+    if (begin == 0 || begin + most < in.columns) coded.add(in, format, codes, runs.back());
   }
   const std::vector<int64_t> first(visible.first.begin(), visible.first.end());
   const std::vector<int64_t> last(visible.last.begin(), visible.last.end());
@@ -201,18 +243,24 @@ State run_decode(const Input& in, const Visible& visible, const float* slope, in
           .group = group,
           .head_dim = in.head_dim,
           .format = format,
+          .codes = codes,
           .scale = 0.3f});
   return state;
 }
 
 void compare_decode(KvFormat format, int64_t head_dim) {
   for (int64_t group : {1, 2, 3, 4, 5, 16}) {
-    const Input in(group * (1 + below(3)), 1 + below(200), head_dim, format);
-    const Visible visible(in.rows, in.columns);
-    const std::vector<float> slopes = some_floats(in.rows, 0.05f);
-    const float* slope = below(2) == 0 ? slopes.data() : nullptr;
-    const auto run = [&](auto* kernel) { return run_decode(in, visible, slope, group, format, kernel); };
-    expect_state("decode_runs", in.name(), run(kernels().decode_runs), run(kernels_scalar.decode_runs), head_dim);
+    for (KvCodes codes : {KvCodes::kNone, KvCodes::kInt8, KvCodes::kInt4}) {
+      const Input in(group * (1 + below(3)), 1 + below(200), head_dim, format);
+      const Visible visible(in.rows, in.columns);
+      const std::vector<float> slopes = some_floats(in.rows, 0.05f);
+      const float* slope = below(2) == 0 ? slopes.data() : nullptr;
+      const int64_t most = below(2) == 0 ? kTileColumns : 1 + below(kTileColumns);
+      const auto run = [&](auto* kernel) { return run_decode(in, visible, slope, group, format, codes, most, kernel); };
+
+      expect_state("decode_runs", in.name() + " codes " + std::to_string(static_cast<int>(codes)),
+                   run(kernels().decode_runs), run(kernels_scalar.decode_runs), head_dim);
+    }
   }
 }
 
@@ -257,7 +305,7 @@ void compare_codes(KvFormat format, int64_t head_dim) {
   for (KvCodes to : {KvCodes::kInt8, KvCodes::kInt4}) {
     const RowBytes bytes = row_bytes(format, to, head_dim);
     const std::string at = std::to_string(head_dim);
-    for (float size : {1.0f, 1e-3f, 1e-8f, 1e4f, 1e30f, 0.0f, kInfinity, kNan}) {
+    for (float size : {1.0f, 1e-3f, 1e-8f, 1e-38f, 1e4f, 1e37f, 0.0f, kInfinity, kNan}) {
       constexpr int64_t kCount = 5;
       const float factor = std::isfinite(size) ? size : 1.0f;
       Elements rows(kCount * head_dim, format);
@@ -268,10 +316,19 @@ void compare_codes(KvFormat format, int64_t head_dim) {
       mine.encode_rows(rows.at(0), head_dim, kCount, head_dim, format, to, actual.data(), numbers);
       scalar.encode_rows(rows.at(0), head_dim, kCount, head_dim, format, to, expected.data(), right);
       for (size_t i = 0; i < actual.size(); ++i) expect("encode_rows", at, actual[i], expected[i], 0);
-      std::vector<float> floats(kCount * head_dim), wanted(floats);
-      mine.decode_rows(actual.data(), numbers, kCount, head_dim, to, floats.data());
-      scalar.decode_rows(actual.data(), numbers, kCount, head_dim, to, wanted.data());
-      for (size_t i = 0; i < floats.size(); ++i) expect("decode_rows", at, floats[i], wanted[i], 1e-6f * factor);
+      for (KvFormat rows_of : {KvFormat::kF32, KvFormat::kBF16}) {
+        for (bool with_scales : {false, true}) {
+          if (rows_of == KvFormat::kBF16 && !with_scales) continue;
+          Elements decoded(kCount * head_dim, rows_of), wanted(kCount * head_dim, rows_of);
+          std::vector<float> scales(kCount), right_scales(kCount);
+          mine.decode_rows(actual.data(), numbers, kCount, head_dim, to, rows_of, decoded.data(),
+                           with_scales ? scales.data() : nullptr);
+          scalar.decode_rows(actual.data(), numbers, kCount, head_dim, to, rows_of, wanted.data(),
+                             with_scales ? right_scales.data() : nullptr);
+          for (int64_t i = 0; i < kCount * head_dim; ++i) expect("decode_rows", at, decoded.get(i), wanted.get(i), 0);
+          for (int64_t i = 0; i < kCount; ++i) expect("decode_rows", at + " scale", scales[i], right_scales[i], 0);
+        }
+      }
     }
   }
 }

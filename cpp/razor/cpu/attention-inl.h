@@ -25,31 +25,37 @@ struct StepScratch {
 };
 static_assert(kLeftPanel <= kMostPanelRows && kRightPanel <= kMostPanelRows && kStepStride <= 256 + 16);
 
-// Panels of [head_dim, kRows]: element d of kRows rows side by side; copies of the last row fill up the last panel.
+inline float scale_of(const float* scales, int64_t i) { return scales != nullptr ? scales[i] : 1.0f; }
+
+// Panels of [head_dim, kRows]: element d of kRows rows side by side, times their scales (nullable: 1); copies of the
+// last row fill up the last panel.
 template <int kRows, class T>
-inline void pack_rows(const void* const* rows, int64_t count, int64_t head_dim, float* panels) {
+inline void pack_rows(const void* const* rows, const float* scales, int64_t count, int64_t head_dim, float* panels) {
   for (int64_t r = 0; r < count; r += kRows, panels += kRows * head_dim) {
     for (int64_t i = 0; i < kRows; ++i) {
-      const T* row = static_cast<const T*>(rows[r + i < count ? r + i : count - 1]);
+      const int64_t source = r + i < count ? r + i : count - 1;
+      const T* row = static_cast<const T*>(rows[source]);
+      const float scale = scale_of(scales, source);
       float* out = panels + i;
       int64_t d = 0;
       for (; d + Vec::kLanes <= head_dim; d += Vec::kLanes) {
         float lanes[Vec::kLanes];  // converted together
-        Vec::load(row + d).store(lanes);
+        mul(Vec::load(row + d), Vec::fill(scale)).store(lanes);
         for (float x : lanes) *out = x, out += kRows;
       }
-      for (; d < head_dim; ++d, out += kRows) *out = to_float(row[d]);
+      for (; d < head_dim; ++d, out += kRows) *out = to_float(row[d]) * scale;
     }
   }
 }
 
-// At most kStepKeys values in slices of kRightPanel columns, the last one with zeros.
+// At most kStepKeys values times their scales in slices of kRightPanel columns, the last one with zeros.
 template <class T>
-inline void pack_slices(const void* const* rows, int64_t count, int64_t head_dim, float* slices) {
+inline void pack_slices(const void* const* rows, const float* scales, int64_t count, int64_t head_dim, float* slices) {
   for (int64_t d = 0; d < head_dim; d += Vec::kLanes) {
     float* out = slices + d / kRightPanel * kRightPanel * kStepKeys + d % kRightPanel;
     for (int64_t c = 0; c < count; ++c) {
-      load_upto(static_cast<const T*>(rows[c]) + d, head_dim - d).store(out + c * kRightPanel);
+      const Vec x = load_upto(static_cast<const T*>(rows[c]) + d, head_dim - d);
+      mul(x, Vec::fill(scale_of(scales, c))).store(out + c * kRightPanel);
     }
   }
 }
@@ -167,8 +173,9 @@ struct StepPanel {
 
 inline void pack_step(const AttentionBlock& b, int64_t shift, int64_t count, bool with_values, const StepScratch& to) {
   const auto pack = [&]<class T>(const T*) {
-    pack_rows<kRightPanel, T>(b.key_rows + shift, count, b.head_dim, to.key);
-    if (with_values) pack_slices<T>(b.value_rows + shift, count, b.head_dim, to.value);
+    const auto scales = [&](const float* all) { return all != nullptr ? all + shift : nullptr; };
+    pack_rows<kRightPanel, T>(b.key_rows + shift, scales(b.key_scale), count, b.head_dim, to.key);
+    if (with_values) pack_slices<T>(b.value_rows + shift, scales(b.value_scale), count, b.head_dim, to.value);
   };
   switch (b.format) {
     case KvFormat::kF32:
@@ -207,11 +214,11 @@ void score_block(const AttentionBlock& block) { block_of_steps</*kWithValues=*/f
 void pack_queries(const void* const* rows, int64_t count, int64_t head_dim, KvFormat format, float* packed) {
   switch (format) {
     case KvFormat::kF32:
-      return pack_rows<kLeftPanel, float>(rows, count, head_dim, packed);
+      return pack_rows<kLeftPanel, float>(rows, /*scales=*/nullptr, count, head_dim, packed);
     case KvFormat::kBF16:
-      return pack_rows<kLeftPanel, BFloat16>(rows, count, head_dim, packed);
+      return pack_rows<kLeftPanel, BFloat16>(rows, /*scales=*/nullptr, count, head_dim, packed);
     case KvFormat::kF16:
-      return pack_rows<kLeftPanel, Float16>(rows, count, head_dim, packed);
+      return pack_rows<kLeftPanel, Float16>(rows, /*scales=*/nullptr, count, head_dim, packed);
   }
 }
 

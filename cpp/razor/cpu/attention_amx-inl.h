@@ -4,8 +4,9 @@
 // are summed into zeroed partials and added once to the state. Tiles that a panel's mask hides are skipped.
 //
 // A probability enters as the sum of two bf16 numbers and so keeps 16 bits: one of them alone is off by 2^-9, which is
-// more than a rounded result may differ by. Queries, keys and values are exact; the scale multiplies float32 logits.
-// Subnormal bf16 numbers count as zero, as the tiles take them. Uses transpose and TileConfig of products_amx-inl.h.
+// more than a rounded result may differ by. Queries, keys and values are exact; scales multiply float32 logits and
+// probabilities. Subnormal bf16 numbers count as zero, as the tiles take them. Uses transpose and TileConfig of
+// products_amx-inl.h.
 //
 // Tried, see bench/LOG.md: the softmax of one panel between the products of another (no faster: vectors and tiles share
 // a port), software prefetch of packed tiles (slower), 128 to 512 keys per step (the same).
@@ -22,17 +23,23 @@ constexpr int64_t whole_panels(int64_t x) { return (x + kSide - 1) / kSide * kSi
 
 // Of AttentionBlock::scratch.
 struct BlockScratch {
-  float* logits;    // [kSide, kLogitStride]
-  float* products;  // [2][kSide, kSide]
-  uint16_t* key;    // [strip][head_dim / 32][2] tiles
-  uint16_t* value;  // [head_dim / 32][strip][2] tiles
+  float* logits;       // [kSide, kLogitStride]
+  float* products;     // [2][kSide, kSide]
+  float* key_scale;    // [kStep], zeros for columns that are not there; unused without scales
+  float* value_scale;  // likewise
+  uint16_t* key;       // [strip][head_dim / 32][2] tiles
+  uint16_t* value;     // [head_dim / 32][strip][2] tiles
 
-  explicit BlockScratch(const AttentionBlock& b) : logits(b.scratch), products(logits + kSide * kLogitStride) {
-    key = reinterpret_cast<uint16_t*>(products + 2 * kSide * kSide);
+  explicit BlockScratch(const AttentionBlock& b)
+      : logits(b.scratch),
+        products(logits + kSide * kLogitStride),
+        key_scale(products + 2 * kSide * kSide),
+        value_scale(key_scale + kStep) {
+    key = reinterpret_cast<uint16_t*>(value_scale + kStep);
     value = key + kStep * whole_panels(b.head_dim);
   }
 };
-static_assert(kSide * kLogitStride + 2 * kSide * kSide + kStep * kSide <= block_scratch(1));
+static_assert(kSide * kLogitStride + 2 * kSide * kSide + 2 * kStep + kStep * kSide <= block_scratch(1));
 
 // exp(x) for x <= 0: a power of 2 times a polynomial of degree 5, off by 1.5e-7; 0 for -inf, NaN stays. The terms are
 // paired: the scheduler holds about three of these at a time, so that their latency counts.
@@ -81,6 +88,13 @@ inline void pack_values(const void* const* rows, int64_t count, int64_t head_dim
         _mm512_store_si512(line + kTileElements, _mm512_unpackhi_epi16(even, odd));
       }
     }
+  }
+}
+
+// At most kStep scales.
+inline void pack_scales(const float* scales, int64_t count, float* packed) {
+  for (int64_t c = 0; c < kStep; c += Vec::kLanes) {
+    (c < count ? load_upto(scales + c, count - c) : Vec::zero()).store(packed + c);
   }
 }
 
@@ -201,19 +215,33 @@ struct Panel {
     mask_strip(end - kSide);
   }
 
-  // Biases and masks 32 logits of each row and takes them into `largest`.
+  // Scales by key, biases and masks 32 logits of each row and takes them into `largest`.
   void mask_strip(int64_t c) {
     if (in_place() || c < all_from || c + kSide > all_to) {
       for (int64_t r = 0; r < rows; ++r) mask_row(r, c);
+    } else if (block.key_scale != nullptr) {
+      return scale_strip(c);
     }
     for (int64_t r = 0; r < rows; ++r) {
       largest[r] = max(largest[r], max(Vec::load(logits(r) + c), Vec::load(logits(r) + c + Vec::kLanes)));
     }
   }
 
+  void scale_strip(int64_t c) {
+    const Vec low_scale = Vec::load(scratch.key_scale + c), high_scale = Vec::load(scratch.key_scale + c + Vec::kLanes);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* x = logits(r) + c;
+      const Vec low = mul(Vec::load(x), low_scale), high = mul(Vec::load(x + Vec::kLanes), high_scale);
+      low.store(x);
+      high.store(x + Vec::kLanes);
+      largest[r] = max(largest[r], max(low, high));
+    }
+  }
+
   void mask_row(int64_t r, int64_t begin_column) const {
     for (int64_t c = begin_column; c < begin_column + kSide; c += Vec::kLanes) {
       Vec x = Vec::load(logits(r) + c);
+      if (block.key_scale != nullptr) x = mul(x, Vec::load(scratch.key_scale + c));
       if (in_place()) {
         x = mul(x, Vec::fill(block.scale));
         if (block.slope != nullptr) {
@@ -237,20 +265,26 @@ struct Panel {
     return false;
   }
 
-  // Logits to probabilities relative to the maximum, of which `largest` then holds the sums.
-  template <bool kWithValues>
+  // Logits to probabilities relative to the maximum, of which `largest` then holds the sums. What multiplies the values
+  // are the probabilities times value_scale.
+  template <bool kWithValues, bool kScaled>
   void find_probabilities(const float* below) {
     const __m512 factor = _mm512_set1_ps(in_place() ? 1.0f : block.scale);
     const int64_t count = end - begin;
     float* x = scratch.logits + begin;
+    const float* scale = scratch.value_scale + begin;
     for (int64_t r = 0; r < rows; ++r, x += kLogitStride) {
       const __m512 offset = _mm512_set1_ps(below[r]);
       Vec even = Vec::zero(), odd = Vec::zero();
       for (int64_t c = 0; c < count; c += kTileDepth) {
-        const __m512 p0 = exp_of(_mm512_fmadd_ps(_mm512_loadu_ps(x + c), factor, offset));
-        const __m512 p1 = exp_of(_mm512_fmadd_ps(_mm512_loadu_ps(x + c + Vec::kLanes), factor, offset));
+        __m512 p0 = exp_of(_mm512_fmadd_ps(_mm512_loadu_ps(x + c), factor, offset));
+        __m512 p1 = exp_of(_mm512_fmadd_ps(_mm512_loadu_ps(x + c + Vec::kLanes), factor, offset));
         even = add(even, Vec{p0});
         odd = add(odd, Vec{p1});
+        if constexpr (kScaled) {
+          p0 = _mm512_mul_ps(p0, _mm512_loadu_ps(scale + c));
+          p1 = _mm512_mul_ps(p1, _mm512_loadu_ps(scale + c + Vec::kLanes));
+        }
         if constexpr (kWithValues) store_split(p0, p1, x + c);
       }
       largest[r] = add(even, odd);
@@ -269,7 +303,9 @@ struct Panel {
       below[r] = maximum[r] == kMinusInfinity && !has_nan(r) ? 0.0f : -maximum[r];
     }
     for (int64_t r = 0; r < kSide; r += Vec::kLanes) Vec::load(shrink + r).exp().store(shrink + r);
-    find_probabilities<kWithValues>(below);
+    const bool scaled = kWithValues && block.value_scale != nullptr;
+    scaled ? find_probabilities<kWithValues, /*kScaled=*/kWithValues>(below)
+           : find_probabilities<kWithValues, false>(below);
     for (int64_t r = 0; r < rows; ++r) {
       float& sum = block.sum[row + r];
       sum = sum * shrink[r] + largest[r].sum();
@@ -316,6 +352,8 @@ inline void block_of_tiles(const AttentionBlock& b) {
     const int64_t columns = b.columns - shift < kStep ? b.columns - shift : kStep;
     pack_keys(b.key_rows + shift, columns, b.head_dim, scratch.key);
     if constexpr (kWithValues) pack_values(b.value_rows + shift, columns, b.head_dim, scratch.value);
+    if (b.key_scale != nullptr) pack_scales(b.key_scale + shift, columns, scratch.key_scale);
+    if (kWithValues && b.value_scale != nullptr) pack_scales(b.value_scale + shift, columns, scratch.value_scale);
     asm volatile("" ::: "memory");  // see store_products
     const int64_t panels = (b.rows + kSide - 1) / kSide, share = (kStep + panels - 1) / panels;
     for (int64_t row = 0; row < b.rows; row += kSide) {

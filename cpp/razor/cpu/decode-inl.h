@@ -12,19 +12,23 @@ namespace {
 
 constexpr int64_t kLineBytes = 64;
 
-// What is left to fetch of the next run: its keys, then its values.
+// What is left to fetch of the next run: its keys, then its values, each with their numbers.
 struct Ahead {
-  const char *begin, *end, *next_begin, *next_end;
+  struct Piece {
+    const char *begin, *end;
+  };
+  Piece pieces[4];
+  int64_t at = 0;
 
   void some(int64_t lines) {
-    for (int64_t i = 0; i < lines; ++i) {
-      if (begin >= end) {
-        begin = next_begin, end = next_end;
-        next_begin = next_end = nullptr;
-        if (begin >= end) return;
+    for (; lines > 0 && at < 4; --lines) {
+      Piece& piece = pieces[at];
+      if (piece.begin >= piece.end) {
+        ++at;
+        continue;
       }
-      __builtin_prefetch(begin, /*rw=*/0, /*locality=*/2);  // L2: L1 is full of this run
-      begin += kLineBytes;
+      __builtin_prefetch(piece.begin, /*rw=*/0, /*locality=*/2);  // L2: L1 is full of this run
+      piece.begin += kLineBytes;
     }
   }
 };
@@ -32,11 +36,15 @@ struct Ahead {
 inline Ahead ahead_of(const DecodeTask& task, int64_t run) {
   if (run + 1 >= task.num_runs) return {};
   const DecodeRun& next = task.runs[run + 1];
-  if (next.key_stride != task.head_dim || next.value_stride != task.head_dim) return {};  // tokens of this call
-  const int64_t bytes = next.count * task.head_dim * element_size(task.format);
-  const char* key = static_cast<const char*>(next.key);
-  const char* value = static_cast<const char*>(next.value);
-  return {.begin = key, .end = key + bytes, .next_begin = value, .next_end = value + bytes};
+  const bool coded = next.key_numbers != nullptr;
+  if (!coded && (next.key_stride != task.head_dim || next.value_stride != task.head_dim)) return {};  // of this call
+  const RowBytes bytes = row_bytes(task.format, coded ? task.codes : KvCodes::kNone, task.head_dim);
+  const auto piece = [&](const void* rows, int64_t row) {
+    const char* begin = static_cast<const char*>(rows);
+    return Ahead::Piece{begin, begin + next.count * row};
+  };
+  return {.pieces = {piece(next.key, bytes.codes), piece(next.key_numbers, bytes.numbers),
+                     piece(next.value, bytes.codes), piece(next.value_numbers, bytes.numbers)}};
 }
 
 template <int kRows, class T>
@@ -58,8 +66,8 @@ inline void decode_logits(const AttentionTile& tile, int64_t row, int64_t lines,
 // weighted[r] = shrink[r] * weighted[r] + sum over columns of p[r][c] * value_c, for kRows rows and kVecs vectors at d.
 // The sum is added once, so that one heavy row does not dictate the rounding of all others.
 template <int kRows, int kVecs, class T>
-inline void decode_values(const AttentionTile& tile, int64_t row, int64_t d, const float* shrink, int64_t lines,
-                          Ahead& ahead) {
+inline void add_values(const AttentionTile& tile, int64_t row, int64_t d, const float* shrink, int64_t lines,
+                       Ahead& ahead) {
   const T* value = static_cast<const T*>(tile.value) + d;
   const float* p = tile.logits + row * kTileColumns;
   // Known to be whole vectors when there are several; one vector may be the partial last.
@@ -88,22 +96,41 @@ inline void decode_values(const AttentionTile& tile, int64_t row, int64_t d, con
   }
 }
 
+// What an int8 column stands for is its scale times what its codes give.
+inline void scale_columns(const AttentionTile& tile, int64_t row, const float* scales) {
+  float* x = tile.logits + row * kTileColumns;
+  for (int64_t c = 0; c < tile.columns; c += Vec::kLanes) {
+    const int64_t width = tile.columns - c;
+    store_upto(mul(load_upto(x + c, width), load_upto(scales + c, width)), x + c, width);
+  }
+}
+
+// Probabilities of the rows: see row_softmax. shrink: [rows]; scales: [columns], nullable (none).
 template <int kRows, class T>
-inline void decode_rows(const AttentionTile& tile, int64_t row, int64_t lines, Ahead& ahead) {
+inline void decode_keys(const AttentionTile& tile, int64_t row, const float* scales, int64_t lines, float* shrink,
+                        Ahead& ahead) {
   decode_logits<kRows, T>(tile, row, lines, ahead);
-  float shrink[kRows];
-  for (int r = 0; r < kRows; ++r) shrink[r] = row_softmax(tile, row + r);
+  for (int64_t r = row; r < row + kRows; ++r) {
+    if (scales != nullptr) scale_columns(tile, r, scales);
+    shrink[r] = row_softmax(tile, r);
+  }
+}
+
+template <int kRows, class T>
+inline void decode_values(const AttentionTile& tile, int64_t row, const float* scales, int64_t lines,
+                          const float* shrink, Ahead& ahead) {
+  for (int64_t r = row; scales != nullptr && r < row + kRows; ++r) scale_columns(tile, r, scales);
   constexpr int64_t kWide = Vec::kColumnBlock * Vec::kLanes;
   int64_t d = 0;
   for (; d + kWide <= tile.head_dim; d += kWide) {
-    decode_values<kRows, Vec::kColumnBlock, T>(tile, row, d, shrink, lines, ahead);
+    add_values<kRows, Vec::kColumnBlock, T>(tile, row, d, shrink + row, lines, ahead);
   }
-  for (; d < tile.head_dim; d += Vec::kLanes) decode_values<kRows, 1, T>(tile, row, d, shrink, lines, ahead);
+  for (; d < tile.head_dim; d += Vec::kLanes) add_values<kRows, 1, T>(tile, row, d, shrink + row, lines, ahead);
 }
 
 // Query rows as floats, scaled: [rows, head_dim].
 template <class T>
-inline void scale_queries(const DecodeTask& task, float* out) {
+inline void scale_typed_queries(const DecodeTask& task, float* out) {
   const Vec scale = Vec::fill(task.scale);
   for (int64_t r = 0; r < task.rows; ++r) {
     const T* query = static_cast<const T*>(task.query) + r / task.group * task.query_stride[0] +
@@ -115,21 +142,78 @@ inline void scale_queries(const DecodeTask& task, float* out) {
   }
 }
 
+inline void scale_queries(const DecodeTask& task, float* out) {
+  switch (task.format) {
+    case KvFormat::kF32:
+      return scale_typed_queries<float>(task, out);
+    case KvFormat::kBF16:
+      return scale_typed_queries<BFloat16>(task, out);
+    case KvFormat::kF16:
+      return scale_typed_queries<Float16>(task, out);
+  }
+}
+
 inline int32_t column_of(int64_t token, const DecodeRun& run) {
   const int64_t column = token - run.begin;
   return static_cast<int32_t>(column < 0 ? 0 : column > run.count ? run.count : column);
 }
 
-template <class T>
-inline void typed_decode(const DecodeTask& task) {
+// A block of rows goes over keys or values in portions of kColumnBlock columns; each fetches as much of the next run.
+inline int64_t lines_of_portion(const DecodeTask& task, const DecodeRun& run) {
+  const int64_t row_blocks = task.rows / Vec::kRowBlock + task.rows % Vec::kRowBlock;
+  const int64_t portions =
+      row_blocks * (kTileColumns / Vec::kColumnBlock) * (1 + task.head_dim / (Vec::kColumnBlock * Vec::kLanes));
+  const KvCodes codes = run.key_numbers == nullptr ? KvCodes::kNone : task.codes;
+  const int64_t bytes = 2 * kTileColumns * row_bytes(task.format, codes, task.head_dim).all();
+  return bytes / kLineBytes / portions + 1;
+}
+
+// The keys of a run, then its values, are `tile.key` and `tile.value` of T; `turn` is called in between.
+template <class T, class Turn>
+inline void decode_run(AttentionTile& tile, const float* key_scales, const float* value_scales, int64_t lines,
+                       float* shrink, Ahead& ahead, const Turn& turn) {
+  const int64_t rows = tile.rows;
+  int64_t row = 0;
+  for (; row + Vec::kRowBlock <= rows; row += Vec::kRowBlock) {
+    decode_keys<Vec::kRowBlock, T>(tile, row, key_scales, lines, shrink, ahead);
+  }
+  for (; row < rows; ++row) decode_keys<1, T>(tile, row, key_scales, lines, shrink, ahead);
+  turn();
+  row = 0;
+  for (; row + Vec::kRowBlock <= rows; row += Vec::kRowBlock) {
+    decode_values<Vec::kRowBlock, T>(tile, row, value_scales, lines, shrink, ahead);
+  }
+  for (; row < rows; ++row) decode_values<1, T>(tile, row, value_scales, lines, shrink, ahead);
+}
+
+// Codes of int8 become floats in registers, and scales are left to logits and probabilities; those of int4 become
+// floats in the scratch, keys and values in turns: both would not fit the L1 cache.
+inline void decode_codes(const DecodeTask& task, const DecodeRun& run, AttentionTile& tile, float* decoded,
+                         int64_t lines, float* shrink, Ahead& ahead) {
+  tile.key_stride = tile.value_stride = task.head_dim;
+  if (task.codes == KvCodes::kInt8) {
+    return decode_run<int8_t>(tile, static_cast<const float*>(run.key_numbers),
+                              static_cast<const float*>(run.value_numbers), lines, shrink, ahead, [] {});
+  }
+  const auto decode = [&](const void* codes, const void* numbers) {
+    decode_rows(codes, numbers, run.count, task.head_dim, task.codes, KvFormat::kF32, decoded, /*scales=*/nullptr);
+  };
+  tile.key = tile.value = decoded;
+  decode(run.key, run.key_numbers);
+  decode_run<float>(tile, nullptr, nullptr, lines, shrink, ahead, [&] { decode(run.value, run.value_numbers); });
+}
+
+void decode_runs(const DecodeTask& task) {
   const int64_t rows = task.rows;
   float* query = task.scratch;
   float* logits = query + rows * task.head_dim;
-  float* bias = logits + rows * kTileColumns;
+  float* decoded = logits + rows * kTileColumns;
+  float* bias = decoded + kTileColumns * task.head_dim;
   float* slope = bias + rows;
-  auto* first = reinterpret_cast<int32_t*>(slope + rows);
+  float* shrink = slope + rows;
+  auto* first = reinterpret_cast<int32_t*>(shrink + rows);
   int32_t* last = first + rows;
-  scale_queries<T>(task, query);
+  scale_queries(task, query);
   for (int64_t i = 0; i < task.num_runs; ++i) {
     const DecodeRun& run = task.runs[i];
     for (int64_t r = 0; r < rows; ++r) {
@@ -138,42 +222,34 @@ inline void typed_decode(const DecodeTask& task) {
       slope[r] = task.slope == nullptr ? 0.0f : task.slope[r];
       bias[r] = -slope[r] * static_cast<float>(task.last[r] - 1 - run.begin);
     }
-    const AttentionTile tile = {.query = query,
-                                .key = run.key,
-                                .value = run.value,
-                                .first = first,
-                                .last = last,
-                                .bias = bias,
-                                .slope = slope,
-                                .maximum = task.maximum,
-                                .sum = task.sum,
-                                .weighted = task.weighted,
-                                .logits = logits,
-                                .rows = rows,
-                                .columns = run.count,
-                                .head_dim = task.head_dim,
-                                .key_stride = run.key_stride,
-                                .value_stride = run.value_stride};
+    AttentionTile tile = {.query = query,
+                          .key = run.key,
+                          .value = run.value,
+                          .first = first,
+                          .last = last,
+                          .bias = bias,
+                          .slope = slope,
+                          .maximum = task.maximum,
+                          .sum = task.sum,
+                          .weighted = task.weighted,
+                          .logits = logits,
+                          .rows = rows,
+                          .columns = run.count,
+                          .head_dim = task.head_dim,
+                          .key_stride = run.key_stride,
+                          .value_stride = run.value_stride};
     Ahead ahead = ahead_of(task, i);
-    // Every row block goes over keys and values in portions of kColumnBlock columns; each fetches as much.
-    const int64_t row_blocks = rows / Vec::kRowBlock + rows % Vec::kRowBlock;
-    const int64_t portions =
-        row_blocks * (kTileColumns / Vec::kColumnBlock) * (1 + task.head_dim / (Vec::kColumnBlock * Vec::kLanes));
-    const int64_t lines = 2 * kTileColumns * task.head_dim * element_size(task.format) / kLineBytes / portions + 1;
-    int64_t row = 0;
-    for (; row + Vec::kRowBlock <= rows; row += Vec::kRowBlock) decode_rows<Vec::kRowBlock, T>(tile, row, lines, ahead);
-    for (; row < rows; ++row) decode_rows<1, T>(tile, row, lines, ahead);
-  }
-}
-
-void decode_runs(const DecodeTask& task) {
-  switch (task.format) {
-    case KvFormat::kF32:
-      return typed_decode<float>(task);
-    case KvFormat::kBF16:
-      return typed_decode<BFloat16>(task);
-    case KvFormat::kF16:
-      return typed_decode<Float16>(task);
+    const int64_t lines = lines_of_portion(task, run);
+    const auto plain = [] {};
+    if (run.key_numbers != nullptr) {
+      decode_codes(task, run, tile, decoded, lines, shrink, ahead);
+    } else if (task.format == KvFormat::kF32) {
+      decode_run<float>(tile, nullptr, nullptr, lines, shrink, ahead, plain);
+    } else if (task.format == KvFormat::kBF16) {
+      decode_run<BFloat16>(tile, nullptr, nullptr, lines, shrink, ahead, plain);
+    } else {
+      decode_run<Float16>(tile, nullptr, nullptr, lines, shrink, ahead, plain);
+    }
   }
 }
 

@@ -30,6 +30,33 @@ inline __m512 sums_of_16(const __m512 (&x)[Vec::kLanes]) {
   return blocks(blocks(y[0], y[1]), blocks(y[2], y[3]));
 }
 
+// A run of codes as one of bf16, in memory of decoded_floats.
+struct DecodedRun {
+  DecodeRun run;
+  const float *key_scales, *value_scales;  // [kTileColumns], zeros after the last; of int8, else null
+};
+
+constexpr int64_t decoded_floats(int64_t head_dim) { return kTileColumns * head_dim + 2 * kTileColumns; }
+
+inline DecodedRun decoded_run(const DecodeTask& task, const DecodeRun& run, float* memory, int64_t lines,
+                              Ahead& ahead) {
+  DecodedRun out = {run, nullptr, nullptr};
+  if (run.key_numbers == nullptr) return out;
+  auto* key = reinterpret_cast<uint16_t*>(memory);
+  uint16_t* value = key + kTileColumns * task.head_dim;
+  float* scales = memory + kTileColumns * task.head_dim;
+  if (task.codes == KvCodes::kInt8) {
+    __builtin_memset(scales, 0, 2 * kTileColumns * sizeof(float));
+    out.key_scales = scales, out.value_scales = scales + kTileColumns;
+  }
+  const auto fetch = [&] { ahead.some(lines); };
+  bf16_rows_of(run.key, run.key_numbers, run.count, task.head_dim, task.codes, key, scales, fetch);
+  bf16_rows_of(run.value, run.value_numbers, run.count, task.head_dim, task.codes, value, scales + kTileColumns, fetch);
+  out.run.key = key, out.run.value = value;
+  out.run.key_stride = out.run.value_stride = task.head_dim;
+  return out;
+}
+
 // For every line that is read, one of the next run is fetched; blocks of rows that read the same lines share in it.
 inline int64_t share_of(int64_t lines, int64_t blocks) { return (lines + blocks - 1) / blocks; }
 
@@ -97,10 +124,11 @@ inline void bf16_values(const float* probability, const DecodeRun& run, int64_t 
 }
 
 template <int kRows>
-inline void bf16_rows(const DecodeTask& task, const DecodeRun& run, int64_t row, int64_t blocks, Ahead& ahead) {
+inline void bf16_rows(const DecodeTask& task, const DecodedRun& decoded, int64_t row, int64_t blocks, float* logits,
+                      Ahead& ahead) {
+  const DecodeRun& run = decoded.run;
   constexpr int kLines = kRows == 4 ? 2 : 4;
   const int64_t head_dim = task.head_dim, rows = task.rows - row < kRows ? task.rows - row : kRows;
-  float* logits = task.scratch;
   const uint16_t* query[kRows];
   for (int r = 0; r < kRows; ++r) {
     const int64_t held = row + (r < rows ? r : rows - 1);
@@ -108,8 +136,10 @@ inline void bf16_rows(const DecodeTask& task, const DecodeRun& run, int64_t row,
                held % task.group * task.query_stride[1];
   }
   bf16_logits<kRows>(query, run, head_dim, blocks, logits, ahead);
+  if (decoded.key_scales != nullptr) scale_keys<kRows>(decoded.key_scales, run.count, logits);
   alignas(64) float shrink[Vec::kLanes];
   _mm512_store_ps(shrink, tile_softmax<kRows>(task, run, row, logits));
+  if (decoded.value_scales != nullptr) scale_keys<kRows>(decoded.value_scales, run.count, logits);
   float* weighted = task.weighted + row * head_dim;
   int64_t d = 0;
   for (; d + kLines * kLineElements <= head_dim; d += kLines * kLineElements) {
@@ -123,16 +153,18 @@ inline void bf16_rows(const DecodeTask& task, const DecodeRun& run, int64_t row,
 template <int kRows>
 inline void decode_bf16(const DecodeTask& task) {
   const int64_t blocks = (task.rows + kRows - 1) / kRows;
+  float *decoded = task.scratch, *logits = decoded + decoded_floats(task.head_dim);
   for (int64_t i = 0; i < task.num_runs; ++i) {
     Ahead ahead = ahead_of(task, i);
-    for (int64_t row = 0; row < task.rows; row += kRows) bf16_rows<kRows>(task, task.runs[i], row, blocks, ahead);
+    const DecodedRun run = decoded_run(task, task.runs[i], decoded, /*lines=*/2, ahead);
+    for (int64_t row = 0; row < task.rows; row += kRows) bf16_rows<kRows>(task, run, row, blocks, logits, ahead);
   }
 }
 
 // The unit of tiles does without: beside them this read memory 8 % slower than decode_runs with one query, nobody
 // knows why.
 void decode_runs_bf16(const DecodeTask& task) {
-  if (task.format != KvFormat::kBF16 || task.head_dim % kLineElements != 0) {
+  if (task.format != KvFormat::kBF16 || !has_bf16_lines(task.head_dim)) {
     return decode_runs(task);
   }
   if (task.rows == 1) return decode_bf16<1>(task);

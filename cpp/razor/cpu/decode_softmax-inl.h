@@ -40,6 +40,18 @@ inline __m512 spread(const float* x, int64_t rows, float other) {
                               : _mm512_permutexvar_ps(_mm512_and_si512(lane, _mm512_set1_epi32(kRows - 1)), held);
 }
 
+// x[key][row] *= scales[key]; scales up to the padded count are numbers.
+template <int kRows>
+inline void scale_keys(const float* scales, int64_t count, float* x) {
+  constexpr int kKeys = Vec::kLanes / kRows;  // in a vector
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i key = _mm512_srli_epi32(lane, __builtin_ctz(kRows));
+  for (int64_t c = 0; c < count; c += kKeys) {
+    const __m512 scale = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << kKeys) - 1), scales + c);
+    _mm512_store_ps(x + c * kRows, _mm512_mul_ps(_mm512_load_ps(x + c * kRows), _mm512_permutexvar_ps(key, scale)));
+  }
+}
+
 // Logits become probabilities relative to the new maximum; zeros for what is not visible. As row_softmax of
 // attention_tile-inl.h, for up to kRows rows at once. Returns the factors by which their states shrink.
 template <int kRows>

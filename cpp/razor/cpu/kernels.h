@@ -13,9 +13,11 @@ inline constexpr int64_t kMostPanelRows = 64;  // rows that a kernel packs toget
 
 // At most kTileColumns consecutive keys, evenly spaced in memory.
 struct DecodeRun {
-  const void* key;                   // [count, head_dim] of the task's format
-  const void* value;                 // [count, head_dim]
-  int64_t key_stride, value_stride;  // elements
+  const void* key;                   // [count, head_dim] of the task's format, or the task's codes
+  const void* value;                 // likewise
+  const void* key_numbers;           // of codes (kv_format.h), row after row; nullable (no codes)
+  const void* value_numbers;         // likewise
+  int64_t key_stride, value_stride;  // elements; not for codes, whose rows follow one another
   int64_t count;                     // tokens
   int64_t begin;                     // tokens between the task's base and the first one
 };
@@ -26,7 +28,7 @@ struct DecodeRun {
 // in. While one run is worked on, the next one is fetched.
 struct DecodeTask {
   const void* query;        // [rows / group, group, head_dim] of format
-  const DecodeRun* runs;    // [num_runs]
+  const DecodeRun* runs;    // [num_runs]; those without numbers are of format
   const int64_t* first;     // [rows]
   const int64_t* last;      // [rows]; the query's own token comes before it
   const float* slope;       // [rows], nullable (no ALiBi)
@@ -37,20 +39,24 @@ struct DecodeTask {
   int64_t query_stride[2];  // elements: token, head
   int64_t num_runs, rows, group, head_dim;
   KvFormat format;
+  KvCodes codes;  // of the runs with numbers
   float scale;
 };
 
-// Elements of scratch that are enough for every kernel: queries and logits, and with tiles a copy of a run as well.
+// Elements of scratch that are enough for every kernel: queries and logits, and a copy of a run, decoded or for tiles.
 constexpr int64_t decode_scratch(int64_t rows, int64_t head_dim) {
-  return (rows + 16) * (head_dim + kTileColumns + 4) + kTileColumns * (head_dim + 64) + 16 * (head_dim + 64);
+  return (rows + 16) * (head_dim + kTileColumns + 8) + 2 * kTileColumns * (head_dim + 64);
 }
 
-// Many query rows against any number of keys in any places. logit[r][c] = scale * query_r . key_c +
-// slope[r] * (c - origin[r]) for the visible columns first[r] <= c < last[r]; the softmax state takes them in.
+// Many query rows against any number of keys in any places. logit[r][c] = scale * key_scale[c] * query_r . key_c +
+// slope[r] * (c - origin[r]) for the visible columns first[r] <= c < last[r]; the softmax state takes them in, with
+// value_scale[c] * value_c as values.
 struct AttentionBlock {
   const float* query;             // what pack_queries has made of [rows, head_dim]
   const void* const* key_rows;    // [columns] addresses of [head_dim] of format
   const void* const* value_rows;  // [columns]; not read by score_block
+  const float* key_scale;         // [columns], nullable (1)
+  const float* value_scale;       // [columns], nullable (1); not read by score_block
   const int32_t* first;           // [rows] first visible column
   const int32_t* last;            // [rows] one past the last visible column, at most `columns`
   const float* slope;             // [rows] logit per column, nullable (none)
@@ -102,11 +108,14 @@ struct Kernels {
   float (*dot)(const float* query, const void* key, int64_t head_dim, KvFormat format);
   // max over i, j of left_i . right_j in float32, NaN if one of them is
   float (*largest_product)(const ProductBlock& block);
-  // Rows of format, `stride` elements apart, to codes and numbers (kv_format.h) that follow one another, and back.
+  // Rows of format, `stride` elements apart, to codes and numbers (kv_format.h) that follow one another.
   void (*encode_rows)(const void* rows, int64_t stride, int64_t count, int64_t head_dim, KvFormat format, KvCodes to,
                       void* codes, void* numbers);
+  // And back: rows [count, head_dim] of `to`, kF32 or kBF16, for some values of int4 are no kF16. With `scales` [count]
+  // a stored row is scale * row, exactly: int8 rows are the codes, int4 rows the values with scales of 1. Without, rows
+  // come multiplied; kF32 only.
   void (*decode_rows)(const void* codes, const void* numbers, int64_t count, int64_t head_dim, KvCodes from,
-                      float* rows);
+                      KvFormat to, void* rows, float* scales);
 };
 
 extern const Kernels kernels_scalar;

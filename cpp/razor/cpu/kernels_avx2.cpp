@@ -3,12 +3,12 @@
 #include "razor/cpu/vec_avx2.h"
 // After Vec, which they are written against.
 #include "razor/cpu/attention_tile-inl.h"
-#include "razor/cpu/decode-inl.h"
 #include "razor/cpu/kv_codes-inl.h"
 #include "razor/cpu/kv_rows-inl.h"
 #include "razor/cpu/products-inl.h"
-// After the panels of products.
+// After the panels of products, and codes.
 #include "razor/cpu/attention-inl.h"
+#include "razor/cpu/decode-inl.h"
 
 namespace razor::cpu {
 const Kernels kernels_avx2 = {.attention_block = avx2::attention_block,
