@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import GenerationConfig
 
-from razor_attention import FULL, LayerCache, Plan, RazorCache, _core, attach, ops, reference
+from razor_attention import FULL, LayerCache, Plan, RazorCache, _core, attach, ops, pages, reference
 from tiny_models import MIXED, answer, prompts, tiny_model
 
 IDS, MASK = prompts(30, 30)
@@ -28,11 +28,11 @@ def tokens(count: int, batch_size: int = 1) -> torch.Tensor:
 
 
 def assert_sound(cache: LayerCache) -> None:
-    """Every page belongs to one page-table row or is free."""
+    """Every page belongs to a page-table row or is free."""
     used = [
         page for row, n in zip(cache.page_table, cache._pages(cache.seen), strict=True) for page in row[:n].tolist()
     ]
-    assert sorted(used + cache._free_pages) == list(range(len(cache.key_pages)))
+    assert sorted([*set(used), *cache._pool.free_pages]) == list(range(len(cache.key_pages)))
     assert cache.key_pages.shape == cache.value_pages.shape
 
 
@@ -64,29 +64,73 @@ def test_interrupted_append(monkeypatch: pytest.MonkeyPatch, stored: bool) -> No
     assert torch.equal(cache.attend(query, new, new), twin.attend(query, new, new))
 
 
-@pytest.mark.parametrize("failing", [1, 2])
-def test_no_memory_for_more_pages(monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+@pytest.mark.parametrize("failing", [1, 2], ids=["keys", "values"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_no_memory_for_more_pages(monkeypatch: pytest.MonkeyPatch, failing: int, shared: bool) -> None:
     cache, twin = layer_cache(), layer_cache()
     key = tokens(60)
     for one in (cache, twin):
         one.append(key, key)
-    calls, grown = [], sys.modules["razor_attention.cache"]._grown
+    forks = cache.fork() if shared else []  # then there is none for a copy of the page that is being filled
+    calls, room = [], pages._room
 
-    def out_of_memory(*args: torch.Tensor) -> torch.Tensor:
+    def out_of_memory(*args: torch.Tensor) -> object:
         calls.append(1)
         if len(calls) == failing:
-            raise RuntimeError("not enough memory")
-        return grown(*args)
+            raise OSError("Cannot allocate memory")
+        return room(*args)
 
-    monkeypatch.setattr("razor_attention.cache._grown", out_of_memory)
-    with pytest.raises(RuntimeError, match="not enough memory"):
-        cache.append(tokens(500), tokens(500))
+    monkeypatch.setattr(pages, "_room", out_of_memory)
+    before = [tensor.clone() for tensor in cache._tensors()]
+    with pytest.raises(MemoryError) as error:
+        cache.append(*[tokens(3 if shared else 500)] * 2)
+    count = 2 if shared else 8
+    wanted = f"{count * 2 * 2048} bytes for {count} more pages"
+    message = f"LayerCache: expected {wanted}, got none (Cannot allocate memory); the cache is unchanged"
+    assert str(error.value) == message
     monkeypatch.undo()
+    assert all(torch.equal(old, new) for old, new in zip(before, cache._tensors(), strict=True))
+    del forks
     assert_sound(cache)
     for one in (cache, twin):
         one.append(key, key)
     query, new = torch.randn(1, 4, 3, 8), tokens(3)
     assert torch.equal(cache.attend(query, new, new), twin.attend(query, new, new))
+
+
+LIMITED = """
+import resource, torch
+from razor_attention import FULL, LayerCache
+def size(): return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+cache = LayerCache([0] * 8, [FULL] * 8, [False] * 8, batch_size=1, head_dim=64, dtype=torch.float32)
+new, many = (torch.randn(1, 8, n, 64) for n in (1000, 40000))
+cache.append(new, new)
+kept = cache.key_pages[cache.page_table[:, :15].long()].clone()
+for room in (60 << 20, 120 << 20):  # for neither pool of 82 MB, and for the keys alone
+    resource.setrlimit(resource.RLIMIT_AS, (size() + room, resource.RLIM_INFINITY))
+    try:
+        cache.append(many, many)
+    except MemoryError as error:
+        print(error)
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert cache.seen.tolist() == [1000] and len(cache.key_pages) == len(cache.value_pages) == 8 * 16
+    assert torch.equal(kept, cache.key_pages[cache.page_table[:, :15].long()])
+resource.setrlimit(resource.RLIMIT_AS, (size() + (200 << 20), resource.RLIM_INFINITY))
+cache.append(many, many)  # without address space to spare
+assert torch.equal(kept, cache.key_pages[cache.page_table[:, :15].long()])
+assert len(cache._pool._rooms[0]) == len(cache.key_pages)
+"""
+
+
+def test_a_limit_on_the_address_space() -> None:
+    """The real thing: mmap refuses, first for the keys, then for the values."""
+    run = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    message = (
+        "LayerCache: expected 163840000 bytes for 5000 more pages, got none ([Errno 12] Cannot allocate memory); "
+        "the cache is unchanged\n"
+    )
+    assert run.stdout == 2 * message
 
 
 def test_interrupted_reorder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,10 +139,10 @@ def test_interrupted_reorder(monkeypatch: pytest.MonkeyPatch) -> None:
     cache.append(key, key)
     before = [tensor.clone() for tensor in cache._tensors()]
 
-    def interrupted(_: int) -> None:
+    def interrupted(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cache, "_reserve", interrupted)
+    monkeypatch.setattr(cache._pool, "share", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cache.reorder(torch.tensor([1, 1, 1, 1]))
     monkeypatch.undo()

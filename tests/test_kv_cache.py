@@ -3,6 +3,7 @@
 
 import dataclasses
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -238,7 +239,7 @@ def test_nbytes_is_what_the_plan_says(
         seen += tokens.key.shape[2]
         assert cache.nbytes == plan.kv_bytes(seen, **shape)
         assert cache.nbytes == by_hand(policy, seen, batch, page_size, cache)
-        assert pages_in_use(cache) + len(cache._free_pages) == len(cache.key_pages) == len(cache.value_pages)
+        assert pages_in_use(cache) + len(cache._pool.free_pages) == len(cache.key_pages) == len(cache.value_pages)
 
 
 GOOD = {"sink_size": [4, 4], "window_size": [8, 8], "compensate": [True, False], "batch_size": 1, "head_dim": 8,
@@ -270,13 +271,18 @@ def by_hand(policy: list[tuple[int, int, bool]], seen: int, batch: int, page_siz
 
 
 def pages_in_use(cache: LayerCache) -> int:
-    """Counted in the page table; no page has two owners or is free too."""
-    used = []
+    """Counted in the page table; the pool says of every page how often it is there, and it is free if nowhere."""
+    used: Counter[int] = Counter()
     for b in range(cache.batch_size):
         for h in range(len(cache.sink_size)):
             rows = len(oracle.cache_rows(int(cache.seen[b]), int(cache.sink_size[h]), int(cache.window_size[h])))
-            used += cache.page_table[b * len(cache.sink_size) + h, : -(-rows // cache.page_size)].tolist()
-    assert len(set(used + cache._free_pages)) == len(used) + len(cache._free_pages)
+            used.update(cache.page_table[b * len(cache.sink_size) + h, : -(-rows // cache.page_size)].tolist())
+    assert sorted([*used, *cache._pool.free_pages]) == list(range(len(cache.key_pages)))
+    assert cache._pool.owners(np.arange(len(cache.key_pages))).tolist() == [
+        used[p] for p in range(len(cache.key_pages))
+    ]
+    assert cache._pool.shared == sum(count > 1 for count in used.values())
+    assert cache._pool.used == len(used)
     return len(used)
 
 
@@ -311,12 +317,13 @@ def test_reorder_gives_pages_back() -> None:
     pool, whole = len(cache.key_pages), cache.nbytes
     cache.reorder(torch.tensor([2]))
     assert cache.nbytes * 4 == whole
-    assert pages_in_use(cache) + len(cache._free_pages) == pool
-    cache.reorder(torch.tensor([0, 0, 0, 0]))  # back to four, out of the same pool
+    assert pages_in_use(cache) + len(cache._pool.free_pages) == pool
+    cache.reorder(torch.tensor([0, 0, 0, 0]))  # back to four, all on the same pages
     assert len(cache.key_pages) == pool
-    assert cache.nbytes == whole
+    assert cache.nbytes == whole == 4 * cache.pool_nbytes - 3 * 4 * 2 * 2 * 64 * 4  # each has its sums
     cache.reorder(torch.tensor([3, 1, 0, 2]))
     assert len(cache.key_pages) == pool
+    assert pages_in_use(cache) == pool // 4
     for tokens in case.tokens:  # all are sequence 2 now
         for part in (tokens.key, tokens.value):
             part.copy_(part[2].expand_as(part))
@@ -378,7 +385,7 @@ def test_a_failed_append_or_attend_leaves_the_layer_as_it_was(how: str) -> None:
             cache.attend(last.query, last.key, bad["value"], pad=bad["pad"])
         with pytest.raises(ValueError, match="expected"):
             cache.append(last.key, bad["value"], pad=bad["pad"])
-    assert pages_in_use(cache) + len(cache._free_pages) == len(cache.key_pages)
+    assert pages_in_use(cache) + len(cache._pool.free_pages) == len(cache.key_pages)
     cache.append(last.key, last.value)
     assert_holds(cache._tensors(), case)
 
@@ -390,11 +397,11 @@ def test_the_pages_of_a_prompt_are_neighbours() -> None:
     cache.append(case.tokens[0].key, case.tokens[0].value)
     for row, pages in zip(cache.page_table.tolist(), cache._pages(cache.seen).tolist(), strict=True):
         assert row[:pages] == list(range(row[0], row[0] + pages))
-    table, free = cache.page_table, list(cache._free_pages)
+    table, free = cache.page_table, cache._pool.free_pages
     for tokens in case.tokens[1:]:
         cache.append(tokens.key, tokens.value)
     assert cache.page_table is table
-    assert cache._free_pages == free
+    assert cache._pool.free_pages == free
 
 
 def test_a_pad_beyond_what_is_stored_takes_no_pages() -> None:
@@ -403,4 +410,4 @@ def test_a_pad_beyond_what_is_stored_takes_no_pages() -> None:
     cache.append(first.key, first.value)
     with pytest.raises(ValueError, match=r"^pad: expected values from 0 to 60, got 77 for sequence 1$"):
         cache.append(last.key, last.value, pad=torch.tensor([0, 77]))
-    assert pages_in_use(cache) + len(cache._free_pages) == len(cache.key_pages)
+    assert pages_in_use(cache) + len(cache._pool.free_pages) == len(cache.key_pages)

@@ -151,7 +151,7 @@ RANK = {
 }
 RANK |= (
     {"atb": 4}
-    | dict.fromkeys(("files", "heads", "alibi", "plan", "cache"), 3)
+    | dict.fromkeys(("files", "heads", "alibi", "plan", "pages", "cache"), 3)
     | dict.fromkeys(FRONT_DOORS - {"cli"}, 5)
 )
 

@@ -3,21 +3,22 @@
 
 from __future__ import annotations
 
-import math
-import mmap
-from collections.abc import Sequence
-from contextlib import suppress
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import ops
 from .checks import check_int, check_kv_dtype, check_table
 from .op_checks import check_append
+from .pages import Ids, PagePool
 from .reference import FULL, row_width
 
-_HUGE_PAGE = 2 << 20  # bytes
-_GROWTH = 1.25  # of the page pool; a pool is one layer's, so growing never copies the whole cache
+_GROWTH = 1.25  # of the page table
+_NEVER = 2**62  # a token that does not come
 
 
 class LayerCache:
@@ -76,15 +77,22 @@ class LayerCache:
         self.compensate = policy["compensate"].to(device)
         self.alibi_slopes = None if alibi_slopes is None else alibi_slopes.to(device, torch.float32)
         self.seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.key_pages = torch.empty(0, page_size, row_width(head_dim, stored), dtype=stored, device=device)
-        self.value_pages = torch.empty_like(self.key_pages)
         rows = batch_size * num_kv_heads
         self.page_table = torch.empty(rows, 0, dtype=torch.int32, device=device)
         self.key_sum = torch.zeros(rows, head_dim, dtype=torch.float32, device=device)
         self.value_sum = torch.zeros_like(self.key_sum)
         # Most rows of one (sequence, kv head), [num_kv_heads] int64.
         self._most_rows = self.sink_size.long() + self.window_size.long()
-        self._free_pages: list[int] = []
+        self._own_until = [0] * batch_size  # of each sequence, a token before which no shared page will be written
+        self._pool = PagePool(page_size, row_width(head_dim, stored), stored, device)  # last, see __del__
+
+    @property
+    def key_pages(self) -> Tensor:
+        return self._pool.key_pages
+
+    @property
+    def value_pages(self) -> Tensor:
+        return self._pool.value_pages
 
     @property
     def batch_size(self) -> int:
@@ -100,10 +108,21 @@ class LayerCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pages in use plus the sums of the heads that compensate: what `Plan.kv_bytes` promises."""
+        """Bytes of this cache by itself, what `Plan.kv_bytes` promises: the pages that each sequence reads, whether
+        they are shared or not, plus the sums of the heads that compensate."""
         pages = int(self._pages(self.seen).sum()) * self.page_size * self.key_pages.shape[2]
-        sums = int((self.compensate & (self.window_size != FULL)).sum()) * self.batch_size * self.head_dim
-        return 2 * (pages * self.key_pages.element_size() + sums * self.key_sum.element_size())
+        return 2 * pages * self.key_pages.element_size() + self._sum_bytes
+
+    @property
+    def pool_nbytes(self) -> int:
+        """Bytes of the pages that this cache and its forks hold together, each counted once, plus this cache's sums.
+        As `nbytes` where nothing is shared."""
+        return 2 * self._pool.used * self._pool.page_bytes + self._sum_bytes
+
+    @property
+    def _sum_bytes(self) -> int:
+        sums = int((self.compensate & (self.window_size != FULL)).sum())
+        return 2 * sums * self.batch_size * self.head_dim * self.key_sum.element_size()
 
     def attend(
         self,
@@ -174,17 +193,23 @@ class LayerCache:
         )
         # Where no sequence enters a page, no head does: this is what nearly every decoded token gets.
         full = all(-(-a // size) <= -(-b // size) for a, b in zip(after, before, strict=True))
-        taken = [] if full else self._take_pages(torch.tensor(after, device=self.seen.device))
+        taken: list[int] = []
         try:
+            if not full:
+                taken = self._take_pages(torch.tensor(after, device=self.seen.device))
+            if self._pool.shared and any(a > own for a, own in zip(after, self._own_until, strict=True)):
+                self._own_written_pages(before, after)
             ops.append(key, value, *self._tensors(), pad=pad)
         except BaseException:  # also an interrupt that arrives once the tokens are stored
-            if self.seen.tolist() == before:
-                self._free_pages += reversed(taken)
+            if taken and self.seen.tolist() == before:
+                self._pool.release(np.array(taken))
             raise
 
     @torch.inference_mode(False)
     def reorder(self, index: Tensor) -> None:
         """Make sequence i what sequence index[i] was (beam search); the batch size becomes len(index).
+
+        Nothing is copied: sequences that come from one share its pages, as forks do.
 
         Args:
             index: (new_batch,), int64. May repeat and leave out sequences.
@@ -202,48 +227,68 @@ class LayerCache:
         for source in sources:
             if not 0 <= source < self.batch_size:
                 raise ValueError(f"index: expected values from 0 to {self.batch_size - 1}, got {source}")
-        heads = self.sink_size.numel()
-        pages = self._pages(self.seen).view(-1, heads).tolist()
-        old_table = self.page_table.view(self.batch_size, heads, -1)
-        gone = [
-            int(page)
-            for b in set(range(self.batch_size)) - set(sources)
-            for h in range(heads)
-            for page in old_table[b, h, : pages[b][h]]
-        ]
-        needed = sum(sum(pages[s]) for s in sources) - sum(sum(pages[s]) for s in set(sources))
-        self._reserve(needed - len(gone))
-        free = self._free_pages + gone
+        if sources == list(range(self.batch_size)):
+            return
         index = index.to(self.seen.device, torch.int64)
-        table = old_table[index]
-        copies: list[tuple[int, int]] = []  # (from page, to page)
-        for i, source in enumerate(sources):
-            if source not in sources[:i]:
-                continue  # the first to ask keeps the pages, later ones get copies
-            for h in range(heads):
-                for p in range(pages[source][h]):
-                    copies.append((int(table[i, h, p]), free.pop()))
-                    table[i, h, p] = copies[-1][1]
-        if copies:
-            old, new = (torch.tensor(side, device=self.seen.device) for side in zip(*copies, strict=True))
-            self.key_pages[new] = self.key_pages[old]
-            self.value_pages[new] = self.value_pages[old]
-        sums = (x.view(-1, heads, x.shape[1])[index].flatten(0, 1) for x in (self.key_sum, self.value_sum))
-        key_sum, value_sum = sums
-        page_table, seen = table.reshape(len(sources) * heads, -1), self.seen[index]
-        self.page_table, self.seen, self.key_sum, self.value_sum = page_table, seen, key_sum, value_sum
-        self._free_pages = free
+        page_table, key_sum, value_sum = (
+            self._of_sequences(x, index) for x in (self.page_table, self.key_sum, self.value_sum)
+        )
+        own_until = [self._own_until[s] if sources.count(s) == 1 else 0 for s in sources]
+        gone = self._page_ids(sorted(set(range(self.batch_size)) - set(sources)))
+        self._pool.share(self._page_ids([s for i, s in enumerate(sources) if s in sources[:i]]))
+        self.page_table, self.seen, self.key_sum, self.value_sum = page_table, self.seen[index], key_sum, value_sum
+        self._own_until = own_until
+        self._pool.release(gone)
+
+    @torch.inference_mode(False)
+    def fork(self, n: int = 1) -> list[LayerCache]:
+        """Caches that go on from here, each its own way: nobody sees what another one stores.
+
+        They share pages, and a page is copied when one of them first writes into it: the last page of a head, or the
+        next of a ring. A cache and its forks are for one thread at a time. Dropping one, in any thread, gives back the
+        pages that it alone held.
+
+        Args:
+            n: forks.
+
+        Returns:
+            n caches.
+
+        Raises:
+            ValueError: n: expected an integer >= 1, got 0
+        """
+        forks = [object.__new__(LayerCache) for _ in range(check_int("n", n, 1))]
+        self._own_until = [0] * self.batch_size
+        for fork in forks:
+            vars(fork).update({name: value for name, value in vars(self).items() if name != "_pool"})
+            fork._own_until = list(self._own_until)
+            fork.seen, fork.page_table = self.seen.clone(), self.page_table.clone()
+            fork.key_sum, fork.value_sum = self.key_sum.clone(), self.value_sum.clone()
+        self._pool.share(self._page_ids(), n)
+        for fork in forks:
+            fork._pool = self._pool
+        return forks
 
     @torch.inference_mode(False)
     def reset(self) -> None:
-        """Forget every token and give the memory back."""
+        """Forget every token and give the memory back, all but the pages that forks hold."""
+        gone = self._page_ids()
         self.seen.zero_()
         self.key_sum.zero_()
         self.value_sum.zero_()
-        self.key_pages = self.key_pages.new_empty(0, *self.key_pages.shape[1:])
-        self.value_pages = torch.empty_like(self.key_pages)
         self.page_table = self.page_table.new_empty(self.page_table.shape[0], 0)
-        self._free_pages = []
+        self._own_until = [0] * self.batch_size
+        self._pool.release(gone)
+
+    def __del__(self, process_ends: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not process_ends() and "_pool" in vars(self):  # without a pool it owns nothing
+            self._pool.drop(self._page_ids())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles hold the pages in use, and share none."""
+        policy = self.sink_size, self.window_size, self.compensate
+        form = {"page_size": self.page_size, "alibi_slopes": self.alibi_slopes, "dtype": self._kv_dtype}
+        return _restored, (policy, form, self._contents())
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return (
@@ -263,6 +308,68 @@ class LayerCache:
         rows = torch.minimum(seen[:, None], self._most_rows)
         return ((rows + self.page_size - 1) // self.page_size).flatten()
 
+    @property
+    def _kv_dtype(self) -> torch.dtype | str:
+        """What the constructor calls the dtype of the pages."""
+        return "int4" if self.key_pages.dtype == torch.uint8 else self.key_pages.dtype
+
+    def _of_sequences(self, tensor: Tensor, index: Tensor) -> Tensor:
+        """Page-table rows of some sequences: of (batch * num_kv_heads, any), (len(index) * num_kv_heads, any)."""
+        return tensor.view(self.batch_size, self.sink_size.numel(), tensor.shape[1])[index].flatten(0, 1)
+
+    def _in_use(self) -> Tensor:
+        """Entries of the page table that are read: (batch * num_kv_heads, max_pages), bool."""
+        column = torch.arange(self.page_table.shape[1], device=self.seen.device)
+        return column < self._pages(self.seen)[:, None]
+
+    def _page_ids(self, sequences: Sequence[int] | None = None) -> Ids:
+        """Ids of the pages of these sequences, or of all."""
+        table, used = self.page_table, self._in_use()
+        if sequences is not None:
+            index = torch.tensor(sequences, dtype=torch.int64, device=table.device)
+            table, used = self._of_sequences(table, index), self._of_sequences(used, index)
+        return table[used].long().cpu().numpy()
+
+    def _contents(self) -> dict[str, Tensor]:
+        """Everything that the cache holds, in as many pages as are in use; see `_fill`. Pages are copied."""
+        pages, page_table = self._compact()
+        index = torch.from_numpy(pages).to(self.seen.device)
+        return {
+            "seen": self.seen.clone(),
+            "page_table": page_table,
+            "key_sum": self.key_sum.clone(),
+            "value_sum": self.value_sum.clone(),
+            "key_pages": self.key_pages[index],
+            "value_pages": self.value_pages[index],
+        }
+
+    def _compact(self) -> tuple[Ids, Tensor]:
+        """Pages in use, each once, (num_pages,), and the page table with their places there, -1 past a row's length."""
+        used = self._in_use()
+        columns = int(used.sum(1).max())
+        pages, place = np.unique(self._page_ids(), return_inverse=True)
+        table = torch.full(used.shape, -1, dtype=torch.int32, device=used.device)
+        table[used] = torch.from_numpy(place).to(used.device, torch.int32)
+        return pages, table[:, :columns].contiguous()
+
+    @torch.inference_mode(False)
+    def _fill(self, contents: dict[str, Tensor]) -> None:
+        """Make this empty cache one that holds what `_contents` said of another; every value has been checked.
+
+        Args:
+            contents: seen, page_table, key_sum and value_sum as `ops.attention` has them, and key_pages and
+                value_pages, (num_pages, page_size, row width).
+        """
+        count, device = len(contents["key_pages"]), self.seen.device
+        self._pool.take(count)  # 0, 1, ... of an empty pool
+        self._pool.key_pages[:count] = contents["key_pages"].to(device)
+        self._pool.value_pages[:count] = contents["value_pages"].to(device)
+        self.seen, self.page_table, self.key_sum, self.value_sum = (
+            contents[name].to(device, copy=True) for name in ("seen", "page_table", "key_sum", "value_sum")
+        )
+        self._pool.share(self._page_ids())
+        self._pool.release(np.arange(count))
+
     @torch.inference_mode(False)
     def _take_pages(self, after: Tensor) -> list[int]:
         """Give each page-table row the pages it needs to grow from `seen` to `after` tokens; returns these pages."""
@@ -270,51 +377,54 @@ class LayerCache:
         total = int((need - have).clamp(min=0).sum())
         if total == 0:
             return []
-        self._reserve(total)
-        columns = int(need.max())
-        if columns > self.page_table.shape[1]:
-            old, width = self.page_table, self.page_table.shape[1]
-            self.page_table = old.new_full((old.shape[0], max(columns, int(width * _GROWTH))), -1)
-            self.page_table[:, :width] = old
-        column = torch.arange(self.page_table.shape[1], device=need.device)
-        missing = (column >= have[:, None]) & (column < need[:, None])
-        taken = self._free_pages[: -total - 1 : -1]  # neighbours, in ascending order after a growth
-        del self._free_pages[-total:]
-        self.page_table[missing] = torch.tensor(taken, dtype=torch.int32, device=need.device)
+        columns, table = int(need.max()), self.page_table
+        if columns > table.shape[1]:
+            width = table.shape[1]
+            table = table.new_full((table.shape[0], max(columns, int(width * _GROWTH))), -1)
+            table[:, :width] = self.page_table
+        count = (need - have).clamp(min=0)
+        row = torch.repeat_interleave(count)
+        column = torch.arange(total, device=row.device) - (count.cumsum(0) - count - have)[row]
+        taken = self._pool.take(total)
+        table[row, column] = torch.tensor(taken, dtype=torch.int32, device=row.device)
+        self.page_table = table
         return taken
 
     @torch.inference_mode(False)
-    def _reserve(self, pages: int) -> None:
-        """Grow the pool until `pages` of it are free; on the CPU untouched pages take no memory."""
-        capacity, missing = self.key_pages.shape[0], pages - len(self._free_pages)
-        if missing <= 0:
-            return
-        size = max(capacity + missing, int(capacity * _GROWTH))
-        # One after the other, so that at most one of the two exists twice at a time.
-        try:
-            self.key_pages = _grown(self.key_pages, size, capacity + missing)
-            self.value_pages = _grown(self.value_pages, size, capacity + missing)
-        except BaseException:
-            self.key_pages = self.key_pages[:capacity]
-            raise
-        self._free_pages = [*range(size - 1, capacity - 1, -1), *self._free_pages]
+    def _own_written_pages(self, before: list[int], after: list[int]) -> None:
+        """Copy what is shared of the stored pages into which tokens before ... after - 1 will be written."""
+        begin, end = (torch.tensor(tokens, device=self.seen.device)[:, None] for tokens in (before, after))
+        sink, window, size = self.sink_size.long(), self.window_size.long(), self.page_size
+        # Rows that are written, [batch, heads]: sinks, and from the first of these tokens that stays in the ring on,
+        # up to its end and from its beginning.
+        first = end.sub(window).maximum(sink).maximum(begin)
+        start = sink + (first - sink) % window.clamp(min=1)
+        stop = start + (end - first).clamp(min=0)
+        row = size * torch.arange(self.page_table.shape[1], device=sink.device)  # first of each page
+        written = torch.zeros(*start.shape, len(row), dtype=torch.bool, device=sink.device)
+        for low, high in (begin, end.minimum(sink)), (start, stop.minimum(self._most_rows)), (sink, stop - window):
+            written |= ((low < high)[..., None]) & (row < high[..., None]) & (row + size > low[..., None])
+        entries = (written.flatten(0, 1) & self._in_use()).nonzero()  # [pages, 2]; pages not in use yet are new
+        pages = self.page_table[entries[:, 0], entries[:, 1]].long().cpu().numpy()
+        # Where all owners of a page are among these, the first to ask keeps it.
+        _, ask, asks = np.unique(pages, return_index=True, return_counts=True)
+        owners = self._pool.owners(pages)
+        copied = owners > 1
+        copied[ask[owners[ask] == asks]] = False
+        if copied.any():
+            copies = self._pool.copies(pages[copied])
+            row, column = entries[torch.from_numpy(copied).to(sink.device)].unbind(1)
+            self.page_table[row, column] = torch.tensor(copies, dtype=torch.int32, device=sink.device)
+            self._pool.release(pages[copied])
+        # No other page comes before the end of the page, or of the ring, of the last token.
+        last = torch.where(end > sink, sink + (end - 1 - sink) % window.clamp(min=1), end - 1)
+        left = (size - 1 - last % size).minimum(self._most_rows - 1 - last)
+        until = (end + left.masked_fill((window == 0) & (end > sink), _NEVER)).amin(1).tolist()
+        self._own_until = [u if a > b else a for u, a, b in zip(until, after, before, strict=True)]
 
 
-def _grown(pages: Tensor, size: int, needed: int) -> Tensor:
-    """A copy of the pool with `size` pages, the first `needed` of which will be filled now. On the CPU in a mapping of
-    its own: what is not used yet takes no memory, and what is let go returns to the system at once, where the heap
-    would keep pools of other sizes around. What will be filled lies in huge pages where it fills them: reading it is
-    a sixth faster."""
-    shape = (size, *pages.shape[1:])
-    if pages.device.type == "cpu":
-        page_bytes = math.prod(pages.shape[1:]) * pages.element_size()
-        memory = mmap.mmap(-1, size * page_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        filled = needed * page_bytes // _HUGE_PAGE * _HUGE_PAGE
-        if filled and hasattr(mmap, "MADV_HUGEPAGE"):
-            with suppress(OSError):  # a kernel without them
-                memory.madvise(mmap.MADV_HUGEPAGE, 0, filled)
-        grown = torch.frombuffer(memory, dtype=pages.dtype).view(shape)
-    else:
-        grown = pages.new_empty(shape)
-    grown[: len(pages)] = pages
-    return grown
+def _restored(policy: tuple[Tensor, ...], form: dict[str, Any], contents: dict[str, Tensor]) -> LayerCache:
+    seen, head_dim = contents["seen"], contents["key_sum"].shape[1]
+    cache = LayerCache(*policy, batch_size=len(seen), head_dim=head_dim, device=seen.device, **form)
+    cache._fill(contents)
+    return cache

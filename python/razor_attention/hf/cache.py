@@ -8,18 +8,21 @@ finds the layer there, and attends and stores in one go. `update` returns the ne
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..cache import LayerCache
-from ..checks import check_kv_dtype
+from ..checks import check_int, check_kv_dtype
+from ..files import PathLike
 from ..plan import Plan
 from .alibi import model_slopes
 from .models import geometry, text_config
+from .saved import SavedCache, config_of, read_cache, write_cache
 
 Prefill = Literal["dense", "streaming"]
 KvDtype = torch.dtype | Literal["int8", "int4"] | None
@@ -127,7 +130,15 @@ class RazorLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 class RazorCache(Cache):
     """A transformers Cache that stores each kv head by its policy in `plan`. Needs razor attention in the model.
 
-    Use it through `attach`, or by hand to keep a conversation: pass the same RazorCache to every `generate` call.
+    Use it through `attach`, or by hand to keep a conversation: pass the same RazorCache to every `generate` call. To
+    ask many questions about one text, prefill it once and ask each of a fork:
+
+        with attach(model, plan), torch.no_grad():
+            prefix = RazorCache(model.config, plan, prompt_len=text.shape[1])
+            model(text, past_key_values=prefix)
+            prefix.save("book.safetensors", model)  # for another day: RazorCache.load("book.safetensors", model)
+            for question, cache in zip(questions, prefix.fork(len(questions))):
+                model.generate(torch.cat([text, question], 1), past_key_values=cache)
 
     Args:
         config: the model's configuration.
@@ -182,14 +193,9 @@ class RazorCache(Cache):
                 "RazorCache's keys; use `with attach(model, plan):` or attn_implementation='razor'"
             )
         new = key_states.shape[2]
-        in_step = (
-            layer.columns + new == first.columns if layer_idx else all(x.columns == first.columns for x in self.layers)
-        )
+        in_step = layer.columns + new == first.columns if layer_idx else self._in_step
         if not in_step:
-            raise RuntimeError(
-                "RazorCache: expected all layers to have seen the same tokens, got layers out of step after a forward "
-                "pass that was interrupted; reset() the cache"
-            )
+            raise RuntimeError(_OUT_OF_STEP)
         if key_states.shape[1] != self.plan.num_kv_heads:
             raise ValueError(
                 f"plan: expected {key_states.shape[1]} kv heads like the model's keys, got {self.plan.num_kv_heads}"
@@ -213,10 +219,111 @@ class RazorCache(Cache):
         self.plan = self._given
         super().reset()  # type: ignore[no-untyped-call]
 
+    def fork(self, n: int = 1) -> list[RazorCache]:
+        """Caches that go on from here, each its own way, as after this cache's calls; see `LayerCache.fork`.
+
+        They share pages until one of them writes there. For batched questions repeat the sequences instead,
+        `cache.fork()[0]` and then `batch_repeat_interleave(n)`, which shares them as well.
+
+        Args:
+            n: forks.
+
+        Returns:
+            n caches.
+
+        Raises:
+            ValueError: n: expected an integer >= 1, got 0
+            RuntimeError: RazorCache: expected all layers to have seen the same tokens, got layers out of step ...
+        """
+        forks = [copy.copy(self) for _ in range(check_int("n", n, 1))]
+        self._check_in_step()
+        for fork in forks:
+            fork.layers = [copy.copy(layer) for layer in self.layers]
+        for i, layer in enumerate(self.layers):
+            if layer.cache is not None:
+                for fork, cache in zip(forks, layer.cache.fork(n), strict=True):
+                    fork.layers[i].cache = cache
+        return forks
+
+    def save(self, path: PathLike, model: PreTrainedModel | PreTrainedConfig) -> None:
+        """Write the cache to a safetensors file, atomically: pages in use, nothing else of the pools.
+
+        Args:
+            path: file to write.
+            model: the model that filled the cache, whose weights the file then asks for; or its configuration, if
+                sizes, vocabulary and positions shall do.
+
+        Raises:
+            ValueError: RazorCache: expected tokens to save, got none
+        """
+        self._check_in_step()
+        layers = [layer.cache for layer in self.layers if layer.cache is not None]
+        if len(layers) < len(self.layers):
+            raise ValueError("RazorCache: expected tokens to save, got none")
+        prefill = "dense" if self.layers[0].dense else "streaming"
+        kv_dtype = None if self.kv_dtype is None else "int4" if self.kv_dtype == "int4" else "int8"
+        columns = self.layers[0].columns
+        write_cache(path, SavedCache(self.plan, self._given, prefill, self.page_size, kv_dtype, columns, layers), model)
+
+    @classmethod
+    def load(
+        cls,
+        path: PathLike,
+        model: PreTrainedModel | PreTrainedConfig,
+        plan: Plan | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> RazorCache:
+        """Read what `save` wrote; going on is then, to the bit, as if the cache had never left memory.
+
+        Refused is a file that was changed or cut, or that holds anything that does not fit; one of another plan; and
+        one of another model: sizes, vocabulary and positions always count, and where both the file and `model` know
+        weights, a sample of each of these.
+
+        Args:
+            path: file to read.
+            model: the model that will go on, or its configuration.
+            plan: that the cache must follow, as it was given or resolved; None takes the file's.
+            device: where the cache lives; None: the model's device, or "cpu".
+
+        Returns:
+            The cache.
+
+        Raises:
+            ValueError: plan: expected Plan(...) 1c0e8a52 like book.safetensors, got Plan(...) 92ab3f10
+        """
+        place = getattr(model, "device", "cpu") if device is None else device
+        saved = read_cache(path, model, plan, place)
+        options: dict[str, Any] = {"prefill": saved.prefill, "page_size": saved.page_size, "kv_dtype": saved.kv_dtype}
+        cache = cls(config_of(model), saved.given, **options)
+        cache.plan = saved.plan
+        for layer, held in zip(cache.layers, saved.layers, strict=True):
+            layer.cache, layer.columns, layer.is_initialized = held, saved.columns, True
+        return cache
+
     @property
     def nbytes(self) -> int:
-        """Bytes of the pages in use and of the compensation sums of all layers; pools keep pages for reuse."""
+        """Bytes of all layers by themselves, what `Plan.kv_bytes` promises; see `LayerCache.nbytes`."""
         return sum(layer.cache.nbytes for layer in self.layers if layer.cache is not None)
+
+    @property
+    def pool_nbytes(self) -> int:
+        """Bytes that this cache and its forks hold together, each page once; see `LayerCache.pool_nbytes`."""
+        return sum(layer.cache.pool_nbytes for layer in self.layers if layer.cache is not None)
+
+    @property
+    def _in_step(self) -> bool:
+        return all(layer.columns == self.layers[0].columns for layer in self.layers)
+
+    def _check_in_step(self) -> None:
+        if not self._in_step:
+            raise RuntimeError(_OUT_OF_STEP)
+
+
+_OUT_OF_STEP = (
+    "RazorCache: expected all layers to have seen the same tokens, got layers out of step after a forward pass that "
+    "was interrupted; reset() the cache"
+)
 
 
 def cache_bytes(cache: Cache) -> int:
