@@ -17,27 +17,30 @@ from torch import Tensor
 
 from razor_attention import LayerCache, Plan
 
-from .cases import CONTEXTS, LLAMA3_8B, Layer, plans, rows_held
+from .cases import CONTEXTS, LLAMA3_8B, Layer, rows_held, stored_plans
 from .harness import Row, assert_close, interleave, make_row, measured, parser, report
+from .stored import as_stored, stored_rows
 
 TOLERANCE = 1e-3  # of means of float32 sums, another order of additions
 
 
-def check(cache: LayerCache, key: Tensor, value: Tensor, plan: Plan, name: str) -> None:
+def check(cache: LayerCache, key: Tensor, value: Tensor, plan: Plan, name: str, layer: Layer) -> None:
     """Stop unless the cache holds the first and the last token of every kv head, and the sums of what it dropped.
 
     Args:
         cache: of layer 0 of the plan.
         key, value: (1, num_kv_heads, tokens, head_dim), all that was stored.
+        layer: that stores them.
     """
     tokens = key.shape[2]
     for h, (sinks, window, compensate) in enumerate(zip(*(x.tolist() for x in plan.layer(0)), strict=True)):
         rows = min(tokens, sinks + window)
         last = tokens - 1 if rows == tokens else sinks + (tokens - 1 - sinks) % window
         for at, row in ((0, 0), (tokens - 1, last)):
-            page, place = cache.page_table[h, row // cache.page_size], row % cache.page_size
-            assert_close(f"{name}, token {at}", cache.key_pages[page, place], key[0, h, at], 0.0)
-            assert_close(f"{name}, token {at}", cache.value_pages[page, place], value[0, h, at], 0.0)
+            page = cache.page_table[h, row // cache.page_size, None]
+            for pages, given in ((cache.key_pages, key), (cache.value_pages, value)):
+                held = stored_rows(pages, page, layer.head_dim)[row % cache.page_size]
+                assert_close(f"{name}, token {at}", held, as_stored(given[0, h, at], layer), 0.0)
         if compensate and rows < tokens:
             for held, given in ((cache.key_sum, key), (cache.value_sum, value)):
                 mean = given[0, h, sinks : tokens - window].double().mean(0)
@@ -50,34 +53,34 @@ def append(layer: Layer, context: int, *, rounds: int, name: str, on: str | None
     new = key[:, :, -1:], value[:, :, -1:]
     prompts: dict[str, Callable[[], object]] = {}
     tokens: dict[str, Callable[[], object]] = {}
-    written = {}
-    for label, plan in plans(layer).items():
-        cache, longer = layer.cache(plan), layer.cache(plan)
+    written, formats, one = {}, {}, {}
+    for label, (stored, plan) in stored_plans(layer).items():
+        cache, longer = stored.cache(plan), stored.cache(plan)
 
         def store(cache: LayerCache = cache) -> None:
             cache.reset()
             cache.append(key, value)
 
         store()
-        check(cache, key, value, plan, f"append {name} {label}")
+        check(cache, key, value, plan, f"append {name} {label}", stored)
         longer.append(key, value)
         prompts[label] = store
         tokens[label] = lambda cache=longer: cache.append(*new)
-        written[label] = rows_held(plan, context) * layer.row_bytes
+        written[label], formats[label] = rows_held(plan, context) * stored.row_bytes, stored.format
+        one[label] = layer.num_kv_heads * (layer.row_bytes + stored.row_bytes)
     prompts["clone"] = lambda: (key.clone(), value.clone())
     tokens["cat"] = lambda: (torch.cat([key, new[0]], 2), torch.cat([value, new[1]], 2))
-    read, token = key.nbytes + value.nbytes, 2 * layer.num_kv_heads * layer.row_bytes
-    written["clone"] = read
-    one = dict.fromkeys(tokens, token) | {"cat": 2 * read + token}
+    read = key.nbytes + value.nbytes
+    written["clone"], one["cat"] = read, 2 * read + 2 * layer.num_kv_heads * layer.row_bytes
+    formats |= dict.fromkeys(("clone", "cat"), layer.format)
+    made = [
+        (f"prompt {name}", interleave(prompts, rounds=rounds), {label: read + size for label, size in written.items()}),
+        (f"one token after {name}", interleave(tokens, rounds=rounds), one),
+    ]
     return [
-        *(
-            make_row("append", f"prompt {name}", label, time, nbytes=read + written[label], on=on)
-            for label, time in interleave(prompts, rounds=rounds).items()
-        ),
-        *(
-            make_row("append", f"one token after {name}", label, time, nbytes=one[label], on=on)
-            for label, time in interleave(tokens, rounds=rounds).items()
-        ),
+        make_row("append", case, label, time, nbytes=sizes[label], row_format=formats[label], on=on)
+        for case, times, sizes in made
+        for label, time in times.items()
     ]
 
 

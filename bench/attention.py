@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast is attention over a compressed cache? Decode and prefill of one Llama-3-8B layer against torch's SDPA.
 
-`--question overhead` asks what a call costs beside its work: one token over 64 rows, of 8 and of 2 kv heads.
+`--question chunk` asks for the next 512 tokens of a prompt, after `context` stored ones, `overhead` what a call costs
+beside its work: one token over 64 rows, of 8 and of 2 kv heads. Plans named int8 and int4 store rows so.
 
 `attend` is LayerCache.attend (attention, then append), `op` torch.ops.razor.attention alone, `sdpa` torch over the
 full cache, which in decode lies ready in one piece: nothing is appended to it. `sdpa packed` is the same with the
@@ -14,7 +15,7 @@ Example: python -m razor_attention.bench.attention --question decode --context 3
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import cycle
 from typing import Any
@@ -25,12 +26,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from razor_attention import LayerCache, Plan, ops
 
-from .cases import CONTEXTS, LLAMA3_8B, Layer, plans, rows_read, rows_read_by_prompt
+from .cases import CONTEXTS, LLAMA3_8B, QUANTISED, Layer, plans, rows_held, rows_read, rows_read_by_prompt, stored_plans
 from .flex import flex_rival
-from .harness import Row, assert_close, interleave, make_row, measured, parser, report
+from .harness import Row, Timing, assert_close, interleave, make_row, measured, parser, report
+from .stored import as_stored
 
 WALK_BYTES = 512 << 20
 SHORT = 64  # tokens of the cache where the overhead is asked for
+CHUNK = 512  # tokens of a prompt that come in one call
 TOLERANCE = 0.02  # of outputs about 1, rounded to bfloat16; SDPA itself is off by half of it
 
 
@@ -101,37 +104,96 @@ def _walk(call: Callable[[Any], Tensor], states: list[Any]) -> Callable[[], obje
     return lambda: call(next(turn))
 
 
-def decode(layer: Layer, context: int, *, rounds: int, walk_bytes: int, name: str, on: str | None = None) -> list[Row]:
+def after(layer: Layer, key: Tensor, value: Tensor, new: int) -> tuple[Tensor, Tensor]:
+    """Keys and values as queries of the last `new` tokens read them, earlier ones as the cache stores them: float32."""
+    past_key, past_value = (as_stored(x[:, :, :-new], layer) for x in (key, value))
+    return torch.cat([past_key, key[:, :, -new:]], 2), torch.cat([past_value, value[:, :, -new:]], 2)
+
+
+def decode(
+    layer: Layer,
+    context: int,
+    *,
+    rounds: int,
+    walk_bytes: int,
+    name: str,
+    kv_dtypes: Sequence[str] = QUANTISED,
+    on: str | None = None,
+) -> list[Row]:
     """Time one new token after `context` others."""
     query, key, value = layer.tokens(context + 1, seed=0)
     query, new = query[:, :, -1:], (key[:, :, -1:], value[:, :, -1:])
     rivals: dict[str, Callable[[], object]] = {}
-    nbytes, flops = {}, {}
-    for label, plan in plans(layer).items():
+    nbytes, flops, formats = {}, {}, {}
+    for label, (stored, plan) in stored_plans(layer, kv_dtypes).items():
         rows = rows_read(plan, context + 1)
         caches = []
-        for _ in range(-(-walk_bytes // (rows * layer.row_bytes))):
-            caches.append(layer.cache(plan))
+        for _ in range(-(-walk_bytes // (rows * stored.row_bytes))):
+            caches.append(stored.cache(plan))
             caches[-1].append(key[:, :, :-1], value[:, :, :-1])
-        wanted = expected(query, key, value, plan, [context])
+        wanted = expected(query, *after(stored, key, value, 1), plan, [context])
         assert_close(f"decode {name} {label}", attend_op(caches[0], query, *new), wanted, TOLERANCE)
         for cache in caches:  # a pool grows by a quarter at once; a prompt's last page is full here, so it would now
             cache.attend(query, *new)
         rivals[f"{label} attend"] = _walk(lambda cache: cache.attend(query, *new), caches)
         rivals[f"{label} op"] = _walk(lambda cache: attend_op(cache, query, *new), caches)
         for how in ("attend", "op"):
-            nbytes[f"{label} {how}"] = rows * layer.row_bytes
+            formats[f"{label} {how}"] = stored.format
+            nbytes[f"{label} {how}"] = rows * stored.row_bytes
             flops[f"{label} {how}"] = rows * 4 * layer.head_dim * (layer.num_heads // layer.num_kv_heads)
     pairs = [(key.clone(), value.clone()) for _ in range(-(-walk_bytes // nbytes["full op"]))]
     wanted = expected(query, key, value, plans(layer)["full"], [context])
     for label, sdpa in (("sdpa", gqa_sdpa), ("sdpa packed", packed_sdpa)):
         assert_close(f"decode {name} {label}", sdpa(query, key, value), wanted, TOLERANCE)
-        nbytes[label], flops[label] = nbytes["full op"], flops["full op"]
+        formats[label], nbytes[label], flops[label] = layer.format, nbytes["full op"], flops["full op"]
     rivals["sdpa"] = _walk(lambda pair: gqa_sdpa(query, *pair), pairs)
     rivals["sdpa packed"] = _walk(lambda pair: packed_sdpa(query, *pair), pairs)
-    times = interleave(rivals, rounds=rounds)
+    return _rows(f"decode {name}", interleave(rivals, rounds=rounds), nbytes, flops, formats, on)
+
+
+def chunk(
+    layer: Layer, context: int, *, rounds: int, name: str, tokens: int = CHUNK, on: str | None = None
+) -> list[Row]:
+    """Time a prompt's next `tokens` tokens after `context` others, every query by its own window; nothing is stored."""
+    query, key, value = layer.tokens(context + tokens, seed=0)
+    query, new = query[:, :, -tokens:], (key[:, :, -tokens:], value[:, :, -tokens:])
+    rivals: dict[str, Callable[[], object]] = {}
+    nbytes, flops, formats, case = {}, {}, {}, f"{tokens} tokens after {name}"
+    sample, io = [0, tokens // 3, tokens - 1], 2 * query.nbytes + sum(x.nbytes for x in new)
+    for label, (stored, plan) in stored_plans(layer).items():
+        cache = stored.cache(plan)
+        cache.append(key[:, :, :-tokens], value[:, :, :-tokens])
+        wanted = expected(query, *after(stored, key, value, tokens), plan, [context + i for i in sample])
+        assert_close(f"{case}, {label}", attend_op(cache, query, *new)[:, :, sample], wanted, TOLERANCE)
+        rivals[f"{label} op"] = lambda cache=cache: attend_op(cache, query, *new)
+        rows = rows_read_by_prompt(plan, context + tokens) - rows_read_by_prompt(plan, context)
+        formats[f"{label} op"], nbytes[f"{label} op"] = stored.format, rows_held(plan, context) * stored.row_bytes + io
+        flops[f"{label} op"] = rows * 4 * layer.head_dim * (layer.num_heads // layer.num_kv_heads)
+    mask = torch.ones(tokens, context + tokens, dtype=torch.bool).tril(context)
+
+    def sdpa() -> Tensor:
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+
+    wanted = expected(query, key, value, plans(layer)["full"], [context + i for i in sample])
+    assert_close(f"{case}, sdpa", sdpa()[:, :, sample], wanted, TOLERANCE)
+    rivals["sdpa"] = sdpa
+    formats["sdpa"], nbytes["sdpa"], flops["sdpa"] = layer.format, nbytes["full op"], flops["full op"]
+    return _rows(case, interleave(rivals, rounds=rounds), nbytes, flops, formats, on)
+
+
+def _rows(
+    case: str,
+    times: dict[str, Timing],
+    nbytes: dict[str, int],
+    flops: dict[str, int],
+    formats: dict[str, str],
+    on: str | None,
+) -> list[Row]:
+    """A row for each rival."""
     return [
-        make_row("attention", f"decode {name}", label, time, nbytes=nbytes[label], flops=flops[label], on=on)
+        make_row(
+            "attention", case, label, time, nbytes=nbytes[label], flops=flops[label], row_format=formats[label], on=on
+        )
         for label, time in times.items()
     ]
 
@@ -197,7 +259,7 @@ def overhead(layer: Layer, *, rounds: int, on: str | None = None) -> list[Row]:
 
 def main(argv: list[str] | None = None) -> None:
     flags = parser(__doc__)
-    questions = ("decode", "prefill", "overhead")
+    questions = ("decode", "prefill", "chunk", "overhead")
     flags.add_argument("--question", choices=questions, nargs="+", default=["decode", "prefill"])
     flags.add_argument("--context", choices=CONTEXTS, nargs="+", default=["8k"], help="default: 8k")
     arguments = flags.parse_args(argv)
@@ -210,6 +272,8 @@ def main(argv: list[str] | None = None) -> None:
                 rows += decode(LLAMA3_8B, CONTEXTS[name], walk_bytes=WALK_BYTES, name=name, **options)
             if "prefill" in arguments.question:
                 rows += prefill(LLAMA3_8B, CONTEXTS[name], name=name, **options)
+            if "chunk" in arguments.question:
+                rows += chunk(LLAMA3_8B, CONTEXTS[name], name=name, **options)
         if "overhead" in arguments.question:
             for kv_heads in (8, 2):
                 rows += overhead(replace(LLAMA3_8B, num_heads=4 * kv_heads, num_kv_heads=kv_heads), **options)

@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from razor_attention import FULL, LayerCache, Plan
+from razor_attention.checks import check_kv_dtype
+from razor_attention.reference import row_width
+
+from .harness import FORMATS
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +27,18 @@ class Layer:
     head_dim: int
     dtype: torch.dtype = torch.bfloat16
     page_size: int = 64  # tokens
+    kv_dtype: str | None = None  # "int8" or "int4", in which the cache stores rows; None: dtype
+
+    @property
+    def format(self) -> str:
+        """Of the cached rows, as results files name it."""
+        return self.kv_dtype or next(name for name, dtype in FORMATS.items() if dtype == self.dtype)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one key and one value of one kv head."""
-        return 2 * self.head_dim * self.dtype.itemsize
+        """Bytes of one cached key and one cached value of one kv head."""
+        stored = check_kv_dtype("kv_dtype", self.kv_dtype or self.dtype)
+        return 2 * row_width(self.head_dim, stored) * stored.itemsize
 
     def tokens(self, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Random query (1, num_heads, count, head_dim), key and value (1, num_kv_heads, count, head_dim), in dtype."""
@@ -36,14 +49,17 @@ class Layer:
         )
         return query, key, value
 
-    def cache(self, plan: Plan) -> LayerCache:
-        """An empty cache for layer 0 of a plan."""
-        return LayerCache(
-            *plan.layer(0), batch_size=1, head_dim=self.head_dim, dtype=self.dtype, page_size=self.page_size
-        )
+    def cache(self, plan: Plan, layer: int = 0) -> LayerCache:
+        """An empty cache for a layer of a plan."""
+        stored = self.kv_dtype or self.dtype
+        sizes: dict[str, Any] = {"batch_size": 1, "head_dim": self.head_dim, "page_size": self.page_size}
+        return LayerCache(*plan.layer(layer), dtype=stored, **sizes)
 
 
 LLAMA3_8B = Layer(num_heads=32, num_kv_heads=8, head_dim=128)
+LLAMA3_8B_LAYERS = 32
+QUANTISED = ("int8", "int4")
+SHARE = 0.15  # of a model's kv heads, full
 CONTEXTS = {f"{k}k": k * 1024 for k in (2, 4, 8, 16, 32, 64, 128, 256)}  # tokens
 
 
@@ -55,6 +71,27 @@ def plans(layer: Layer = LLAMA3_8B) -> dict[str, Plan]:
         "1-full 4+4000+mean": Plan.from_heads({0: [0]}, sink_size=4, min_window=4000, **shape),
         "1-full 64+256": Plan.from_heads({0: [0]}, sink_size=64, min_window=256, compensate=False, **shape),
     }
+
+
+def stored_plans(layer: Layer, kv_dtypes: Sequence[str] = QUANTISED) -> dict[str, tuple[Layer, Plan]]:
+    """The plans in the layer's own dtype, then, named after it, each that forgets nothing in each quantised one."""
+    made = {label: (layer, plan) for label, plan in plans(layer).items()}
+    for kv_dtype in kv_dtypes:
+        for label, plan in plans(layer).items():
+            if bool((plan.is_full | plan.compensate).all()):
+                made[f"{label} {kv_dtype}"] = replace(layer, kv_dtype=kv_dtype), plan
+    return made
+
+
+def random_plan(num_layers: int, num_kv_heads: int, share: float = SHARE) -> Plan:
+    """A share of the kv heads is full, drawn with one seed, so unevenly over layers; the others keep 4 + 4000 +
+    compensation."""
+    places = num_layers * num_kv_heads
+    heads: dict[int, list[int]] = {}
+    for place in random.Random(0).sample(range(places), round(share * places)):
+        heads.setdefault(place // num_kv_heads, []).append(place % num_kv_heads)
+    shape: dict[str, Any] = {"num_layers": num_layers, "num_kv_heads": num_kv_heads}
+    return Plan.from_heads(heads, min_window=4000, window_fraction=0.0, **shape)
 
 
 def rows_held(plan: Plan, context: int, layer: int = 0) -> int:

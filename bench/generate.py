@@ -4,7 +4,8 @@
 The model is that of memory.py (random weights, bf16). All variants share its weights:
 
     dynamic   transformers' DynamicCache with sdpa
-    razor     a plan with SHARE of the kv heads full, the others 4 + 4000 + compensation, streaming prefill
+    razor     a plan with SHARE of the kv heads full, the others 4 + 4000 + compensation, streaming prefill;
+              `razor int8` and `razor int4` (--kv) store rows so
     kvpress   NVIDIA kvpress' DuoAttentionPress with the same heads, sinks and windows, if it can be imported. It hides
               keys, frees nothing, and compresses only what comes in one call: its prompt is not cut into chunks
     model     one token without any cache: the floor of a step
@@ -21,10 +22,10 @@ from __future__ import annotations
 import copy
 import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from transformers import DynamicCache
 from razor_attention import Plan, RazorCache, attach
 from razor_attention.hf.cache import cache_bytes
 
-from .cases import rows_read, rows_read_by_prompt
+from .cases import QUANTISED, rows_read, rows_read_by_prompt
 from .harness import Row, Timing, make_row, measured, parser, report, timing
 from .memory import Shape, new_model, razor_plan
 
@@ -72,6 +73,7 @@ class Variant:
     cache: Any
     plan: Plan | None  # that the cache follows; None: full
     ids: Tensor  # [1, tokens] int64: the prompt and what was generated
+    kv_dtype: str = "bf16"  # format of the cached rows
     prefill_us: float = 0.0
     held_bytes: int = 0  # by the cache after the prompt
     step_us: list[float] = field(default_factory=list)
@@ -150,7 +152,13 @@ def check_full_plan(model: Any, shape: Shape, chunk: int) -> None:
 
 
 def generate(
-    length: int, *, rounds: int, chunk: int = CHUNK, shape: Shape | None = None, on: str | None = None
+    length: int,
+    *,
+    rounds: int,
+    chunk: int = CHUNK,
+    shape: Shape | None = None,
+    kv_dtypes: Sequence[Literal["int8", "int4"]] = (),
+    on: str | None = None,
 ) -> list[Row]:
     """Time the prompt of every variant, then their steps in turns.
 
@@ -159,6 +167,7 @@ def generate(
         rounds: turns of each variant.
         chunk: tokens of the prompt in one call.
         shape: of the model.
+        kv_dtypes: a razor variant more for each.
     """
     shape = shape or Shape()
     model, plan = new_model(shape), razor_plan(shape)
@@ -169,6 +178,9 @@ def generate(
         "dynamic": Variant(model, DynamicCache(config=model.config), None, ids),
         "razor": Variant(ours, RazorCache(ours.config, plan, prefill="streaming", prompt_len=length), plan, ids),
     }
+    for kv_dtype in kv_dtypes:
+        cache = RazorCache(ours.config, plan, prefill="streaming", prompt_len=length, kv_dtype=kv_dtype)
+        variants[f"razor {kv_dtype}"] = Variant(ours, cache, plan, ids, kv_dtype)
     press = press_of(plan)
     if press is not None:
         pressed = twin(model)
@@ -218,9 +230,10 @@ def _rows(
         step = sum(rows_read(plan, length, layer) for layer in layers) * of_row
         held, time_us = variant.held_bytes, Timing(variant.prefill_us, 0.0)
         flops = 2 * products * length + prompt
-        rows.append(make_row("generate", f"prefill {length}{heads}", name, time_us, nbytes=held, flops=flops, on=on))
+        common = {"row_format": variant.kv_dtype, "on": on}
+        rows.append(make_row("generate", f"prefill {length}{heads}", name, time_us, nbytes=held, flops=flops, **common))
         sizes = {"nbytes": weight_bytes + held, "flops": 2 * products + step}
-        rows.append(make_row("generate", f"decode {length}{heads}", name, timing(variant.step_us), **sizes, on=on))
+        rows.append(make_row("generate", f"decode {length}{heads}", name, timing(variant.step_us), **sizes, **common))
     sizes = {"nbytes": weight_bytes, "flops": 2 * products}
     return [*rows, make_row("generate", f"decode {length}{heads}", "model", timing(floor), **sizes, on=on)]
 
@@ -243,6 +256,8 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--chunk", type=int, default=CHUNK, help=f"tokens of it in one call (default: {CHUNK})")
     text = "kv heads of the model, which has 16 query heads (default: 4)"
     flags.add_argument("--kv-heads", type=int, default=Shape().num_kv_heads, help=text)
+    text = "razor caches beside the bf16 one, by format of their rows (default: none)"
+    flags.add_argument("--kv", choices=QUANTISED, nargs="+", default=[], help=text)
     arguments = flags.parse_args(argv)
     if arguments.kv_heads < 1 or Shape().num_heads % arguments.kv_heads:
         flags.error(f"--kv-heads: expected a divisor of {Shape().num_heads}, got {arguments.kv_heads}")
@@ -250,6 +265,7 @@ def main(argv: list[str] | None = None) -> None:
         "shape": Shape(num_kv_heads=arguments.kv_heads),
         "rounds": arguments.rounds,
         "chunk": arguments.chunk,
+        "kv_dtypes": arguments.kv,
         "on": arguments.machine,
     }
 

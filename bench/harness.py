@@ -32,6 +32,7 @@ _SAMPLE_SECONDS = 0.005  # a sample lasts at least so long, in several calls whe
 _STREAM_BYTES = 512 << 20
 _MATMUL_SIZE = 4096
 FORMATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+_PRODUCTS = {"int8": "bf16", "int4": "bf16"}  # format whose products stand for those of quantised rows: the queries'
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +144,9 @@ def measured(bench: Callable[[], list[Row]], threads: Sequence[int] = (0,)) -> l
             torch.set_num_threads(count or before)
             stream, made = read_bandwidth(_STREAM_BYTES), bench()
             stream = max(stream, read_bandwidth(_STREAM_BYTES))
-            peaks = {name: matmul_peak(name, _MATMUL_SIZE) for name in {row.format for row in made if row.flops}}
-            rows += [under_ceilings(row, stream, peaks.get(row.format, 0.0)) for row in made]
+            formats = {_PRODUCTS.get(row.format, row.format) for row in made if row.flops}
+            peaks = {name: matmul_peak(name, _MATMUL_SIZE) for name in formats}
+            rows += [under_ceilings(row, stream, peaks.get(_PRODUCTS.get(row.format, row.format), 0.0)) for row in made]
     finally:
         torch.set_num_threads(before)
     return rows
@@ -285,7 +287,7 @@ def report(rows: Sequence[Row], results: Path) -> None:
     header = ("case", "plan", "median ms", "iqr ms", "MB", "GB/s", "GFLOP/s", "roofline")
     for threads in dict.fromkeys(row.threads for row in rows):
         some = [row for row in rows if row.threads == threads]
-        peaks = {row.format: row.ceiling_gflop_s for row in some if row.ceiling_gflop_s}
+        peaks = {_PRODUCTS.get(row.format, row.format): row.ceiling_gflop_s for row in some if row.ceiling_gflop_s}
         products = "".join(f", {name} matmul {peak:.0f} GFLOP/s" for name, peak in peaks.items())
         print(f"{some[0].machine}, {some[0].isa}, {threads} threads, stream {some[0].ceiling_gb_s:.1f} GB/s{products}")
         cells = [

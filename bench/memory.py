@@ -18,12 +18,9 @@ import contextlib
 import ctypes
 import gc
 import json
-import random
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +32,13 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from razor_attention import Plan, RazorCache, attach
 from razor_attention.hf.cache import cache_bytes
 
+from .cases import SHARE, random_plan
 from .harness import RESULTS, Row, Timing, append_rows, make_row, table, timing
+from .resident import Peak, status_bytes
 
 VARIANTS = ("dynamic", "razor", "control")
 CHUNK = 256  # tokens of the prompt in one call; more would drown the cache in activations
 DECODE_STEPS = 64
-SHARE = 0.15  # of the kv heads, full
 TARGET = 0.45  # of DynamicCache's growth
 
 
@@ -87,48 +85,8 @@ def new_model(shape: Shape) -> Any:
 
 
 def razor_plan(shape: Shape) -> Plan:
-    """Random kv heads are full: memory depends on their number only."""
-    places = shape.num_layers * shape.num_kv_heads
-    heads: dict[int, list[int]] = {}
-    for place in random.Random(0).sample(range(places), round(SHARE * places)):
-        heads.setdefault(place // shape.num_kv_heads, []).append(place % shape.num_kv_heads)
-    return Plan.from_heads(
-        heads, num_layers=shape.num_layers, num_kv_heads=shape.num_kv_heads, min_window=4000, window_fraction=0.0
-    )
-
-
-class Peak:
-    """Largest resident size of this process since `start`, in bytes: the kernel's mark, or a sampling thread."""
-
-    def __init__(self) -> None:
-        self._sampled, self._kernel, self._stop = 0, True, threading.Event()
-
-    @contextlib.contextmanager
-    def start(self) -> Iterator[Peak]:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # the mark falls back to the size of now
-        except OSError:
-            self._kernel = False
-            threading.Thread(target=self._sample, daemon=True).start()
-        try:
-            yield self
-        finally:
-            self._stop.set()
-
-    def bytes(self) -> int:
-        return status_bytes("VmHWM") if self._kernel else max(self._sampled, status_bytes("VmRSS"))
-
-    def _sample(self) -> None:
-        while not self._stop.wait(0.001):
-            self._sampled = max(self._sampled, status_bytes("VmRSS"))
-
-
-def status_bytes(field: str) -> int:
-    """A size from /proc/self/status, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) << 10
-    raise RuntimeError(f"/proc/self/status: expected a line {field}, got none")
+    """SHARE of the kv heads full, the others 4 + 4000 + compensation."""
+    return random_plan(shape.num_layers, shape.num_kv_heads, SHARE)
 
 
 def measure(

@@ -23,6 +23,8 @@ from .harness import RESULTS
 
 Cells = dict[str, str]  # of a row of a results file, by column
 _CONTEXT = re.compile(r"(decode|prefill) (\d+)k")
+_CAPACITY = re.compile(r"(held|decode) (\d+)")
+_BUDGETS = (8, 16, 24, 80)  # GB, that the picture of capacities marks
 
 
 def plot_scores(scores: HeadScores, heads: dict[str, dict[int, list[int]]], path: str | Path) -> None:
@@ -180,6 +182,55 @@ def plot_contexts(cases: dict[str, dict[str, Cells]], title: str, target: Path) 
     figure.savefig(target, format="png", dpi=110)
 
 
+def plot_capacity(cases: dict[str, dict[str, Cells]], title: str, target: Path) -> None:
+    """Bytes over the context, lines by arithmetic and dots that were measured; time of a token where it was."""
+    found: dict[str, dict[str, list[tuple[int, Cells]]]] = {"held": {}, "resident": {}, "decode": {}}
+    for case, rows in cases.items():
+        if context := _CAPACITY.fullmatch(case):
+            for name, row in rows.items():
+                plan, _, kind = name.partition(", ")  # "most in 24 GB" lies on the plan's line, "resident" was measured
+                line = found[kind if kind == "resident" else context[1]].setdefault(plan, [])
+                line.append((int(context[2]), row))
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    color = {plan: f"C{index}" for index, plan in enumerate(found["held"])}
+    for plan, points in found["held"].items():
+        tokens, size = zip(*sorted((at, float(row["bytes"]) / 1e9) for at, row in points), strict=True)
+        left.plot(tokens, size, color=color[plan], label=plan)
+    for plan, points in found["resident"].items():
+        size = [float(row["bytes"]) / 1e9 for _, row in points]
+        left.plot([at for at, _ in points], size, "o", color=color[plan], label=f"{plan}, resident memory")
+    for budget in _BUDGETS:
+        left.axhline(budget, color="gray", linewidth=0.8, linestyle=":")
+        left.text(1.0, budget, f" {budget} GB", transform=left.get_yaxis_transform(), va="center", fontsize="small")
+    for plan, points in found["decode"].items():
+        points = sorted(points, key=lambda point: point[0])
+        tokens, rows = [at for at, _ in points], [row for _, row in points]
+        median, spread = ([float(row[column]) / 1e6 for row in rows] for column in ("median_us", "iqr_us"))
+        half = [x / 2 for x in spread]
+        right.errorbar(tokens, median, half, fmt="o-", color=color[plan], capsize=2, label=f"{plan}, measured")
+        speed = {at: float(row["ceiling_gb_s"]) for at, row in points}
+        for other, held in found["held"].items():
+            if least := sorted((at, float(row["bytes"]) / 1e9 / speed[at]) for at, row in held if speed.get(at)):
+                right.plot(*zip(*least, strict=True), "--", color=color[other], linewidth=1)
+    if found["decode"]:
+        right.plot([], [], "--", color="gray", label="the bytes on the left at the read bandwidth of the run")
+    left.set_title("keys and values of the whole model")
+    left.set_ylabel("GB")
+    right.set_title("attention of one token in all layers")
+    right.set_ylabel("s")
+    for axes in (left, right):
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("tokens")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # each label once
+            axes.legend(handles.values(), handles.keys(), fontsize="x-small")
+    figure.suptitle(title)
+    figure.savefig(target, format="png", dpi=110)
+
+
 def plot_results(path: Path, folder: Path) -> list[Path]:
     """The pictures of a results file: <machine>-<question>.png, and -contexts.png where cases have a context."""
     cases = latest(path)
@@ -188,6 +239,9 @@ def plot_results(path: Path, folder: Path) -> list[Path]:
     title = f"{path.stem}: {one['machine']}, {one['isa']}, {most} threads"
     folder.mkdir(parents=True, exist_ok=True)
     made = []
+    if path.stem == "capacity":
+        plot_capacity(cases, title, folder / f"{path.parent.name}-{path.stem}.png")
+        return [folder / f"{path.parent.name}-{path.stem}.png"]
     others = {case: rows for case, rows in cases.items() if not _CONTEXT.fullmatch(case)}
     for suffix, draw, some in (("", plot_bars, others), ("-contexts", plot_contexts, cases)):
         if some and (suffix == "" or len(others) < len(cases)):
@@ -204,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     files = sorted(
         path
         for path in arguments.results.glob("*/*.csv")
-        if not path.name.endswith(("demo.csv", "methods.csv", "gates.csv"))
+        if not path.name.endswith(("demo.csv", "methods.csv", "gates.csv", "quantised.csv", "answers.csv", "scale.csv"))
     )
     if not files:
         flags.error(f"--results: expected <machine>/<question>.csv in it, got none in {arguments.results}")

@@ -188,6 +188,7 @@ def reference_attend(case: Case, cache: LayerCache, t: Tokens) -> Tensor:
         pad=t.pad,
         scale=case.scaled_by,
         dense=t.dense,
+        **{name: wide([x])[0] if isinstance(x, Tensor) else x for name, x in cache._exact_rows(t.key).items()},
     )
 
 

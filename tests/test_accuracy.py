@@ -355,6 +355,31 @@ def test_a_pool_of_more_than_two_billion_elements(q_len: int, dtype: torch.dtype
     assert same_bits(ops.attention(*new, *far), ops.attention(*new, *tensors))
 
 
+@pytest.mark.parametrize("kv", ["int8", "int4"])
+@pytest.mark.parametrize("q_len", [1, 130])
+def test_a_quantised_pool_of_more_than_four_billion_bytes(q_len: int, kv: str) -> None:
+    """The same, beyond 32 bits of either sign in bytes, which are the elements of these pools."""
+    qkv = history(MIXED, 200 + q_len, torch.bfloat16, head_dim=128)
+    cache = LayerCache(*zip(*MIXED, strict=True), batch_size=1, head_dim=128, dtype=kv)
+    cache.append(*(x[:, :, :200] for x in qkv[1:]))
+    cache._take_pages(cache.seen + q_len)
+    tensors, new = [x.clone() for x in cache._tensors()], [x[:, :, 200:] for x in qkv]
+    small, many = len(tensors[0]), 2**32 // tensors[0][0].numel() + len(tensors[0])
+    try:
+        pools = [torch.empty(many, *x.shape[1:], dtype=x.dtype) for x in tensors[:2]]
+    except RuntimeError:
+        pytest.skip("no address space for 8 GiB")
+    for pool, pages in zip(pools, tensors, strict=False):
+        pool[-small:] = pages
+    table = torch.where(tensors[2] >= 0, tensors[2] + (many - small), -1).int()
+    far = [*pools, table, *(x.clone() for x in tensors[3:])]
+    assert same_bits(ops.attention(*new, *far), ops.attention(*new, *tensors))
+    for state in (far, tensors):
+        ops.append(*new[1:], *state)
+    assert all(same_bits(pool[-small:], pages) for pool, pages in zip(pools, tensors, strict=False))
+    assert same_bits(ops.attention(*new, *far), ops.attention(*new, *tensors))
+
+
 def exact_scores(query: Tensor, key: Tensor, period: int, scale: float) -> Tensor:
     """(echo, induction) from the whole map in float64: [2, B, H]."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)

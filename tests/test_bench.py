@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from razor_attention.bench import alibi_demo, attention, cases, demo, harness, head_scores, memory, plot, windows
+from razor_attention.bench import (
+    alibi_demo,
+    attention,
+    cases,
+    demo,
+    harness,
+    head_scores,
+    memory,
+    plot,
+    resident,
+    windows,
+)
 from razor_attention.bench.questions import Asked, Question, asked_tokens, build_tokenizer, make_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -154,26 +165,81 @@ def test_rows_read(context):
         assert cases.rows_read_by_prompt(plan, context) == sum(wanted)
 
 
-def test_attention_bench(monkeypatch):
+@pytest.fixture
+def of_small_plans(monkeypatch):
     monkeypatch.setattr(attention, "plans", small_plans)
+    monkeypatch.setattr(cases, "plans", small_plans)
+
+
+QUANTISED = [f"{plan} {kv_dtype}" for kv_dtype in ("int8", "int4") for plan in ("full", "mean")]
+FORMATS = [*["bf16"] * 3, *["int8"] * 2, *["int4"] * 2]
+
+
+@pytest.mark.usefixtures("of_small_plans")
+def test_attention_bench():
     rows = attention.decode(LAYER, 100, rounds=7, walk_bytes=30_000, name="100")
-    assert [row.plan for row in rows] == [
-        "full attend", "full op", "mean attend", "mean op", "streaming attend", "streaming op", "sdpa", "sdpa packed",
-    ]  # fmt: skip
+    ours = [f"{plan} {how}" for plan in ("full", "mean", "streaming", *QUANTISED) for how in ("attend", "op")]
+    assert [row.plan for row in rows] == [*ours, "sdpa", "sdpa packed"]
+    assert [row.format for row in rows[::2]] == [*FORMATS, "bf16"]
     by_plan = {row.plan: row for row in rows}
     assert by_plan["full op"].bytes == by_plan["sdpa"].bytes == 2 * 101 * LAYER.row_bytes
     assert by_plan["streaming op"].bytes == 2 * 11 * LAYER.row_bytes
-    assert by_plan["sdpa"].flops == 4 * 4 * 101 * 16
+    assert by_plan["sdpa"].flops == by_plan["full int4 op"].flops == 4 * 4 * 101 * 16
+    assert by_plan["full int8 op"].bytes == 2 * 101 * 2 * 20
+    less = attention.decode(LAYER, 100, rounds=7, walk_bytes=1, name="100", kv_dtypes=())
+    assert [row.plan for row in less] == [*ours[:6], "sdpa", "sdpa packed"]
     rows = attention.prefill(LAYER, 70, rounds=7, name="70", flex=False)
     assert [row.plan for row in rows] == ["full attend", "mean attend", "streaming attend", "sdpa"]
     assert {row.case for row in rows} == {"prefill 70"}
     assert rows[0].flops == rows[-1].flops == 4 * 4 * 16 * (70 * 71 // 2)
 
 
-def test_a_wrong_kernel_is_not_timed(monkeypatch):
-    monkeypatch.setattr(attention, "attend_op", lambda cache, query, *_: torch.zeros_like(query))
-    with pytest.raises(RuntimeError, match=r"^decode 50 full: expected a difference <= 0.02, got "):
+@pytest.mark.usefixtures("of_small_plans")
+def test_chunk_bench():
+    rows = attention.chunk(LAYER, 100, rounds=7, name="100", tokens=30)
+    assert [row.plan for row in rows] == [*(f"{x} op" for x in ("full", "mean", "streaming", *QUANTISED)), "sdpa"]
+    assert [row.format for row in rows] == [*FORMATS, "bf16"]
+    assert {row.case for row in rows} == {"30 tokens after 100"}
+    products, given = 4 * 4 * 16, 30 * (2 * 4 + 2 * 2) * 16 * 2
+    assert rows[0].flops == rows[3].flops == rows[-1].flops == products * sum(range(101, 131))
+    assert rows[1].flops == 2 * 4 * 16 * (sum(range(101, 131)) + 30 * (18 + 1))
+    assert (rows[0].bytes, rows[1].bytes) == (given + 200 * 64, given + 118 * 64)
+    assert rows[3].bytes == given + 200 * 2 * 20
+
+
+@pytest.mark.usefixtures("of_small_plans")
+def test_what_attention_must_give_is_of_stored_rows(monkeypatch):
+    """An int4 cache is held to what int4 keeps of past tokens, and the new ones come as they are."""
+    _, key, value = LAYER.tokens(90, seed=0)
+    layer = dataclasses.replace(LAYER, kv_dtype="int4")
+    for given, read in zip((key, value), attention.after(layer, key, value, 7), strict=True):
+        assert torch.equal(read[:, :, -7:], given[:, :, -7:].float())
+        off = (read - given)[:, :, :-7].abs()
+        assert 0.05 < off.max() < 0.5
+    monkeypatch.setattr(attention, "as_stored", lambda rows, layer: rows.float())
+    with pytest.raises(RuntimeError, match=r"^decode 50 full int4: expected a difference <= 0.02, got "):
         attention.decode(LAYER, 50, rounds=7, walk_bytes=1, name="50")
+
+
+@pytest.mark.parametrize("bench", [attention.decode, attention.chunk])
+def test_a_wrong_kernel_is_not_timed(monkeypatch, bench):
+    monkeypatch.setattr(attention, "attend_op", lambda cache, query, *_: torch.zeros_like(query))
+    flags, case = (
+        ({"walk_bytes": 1}, "decode 50") if bench is attention.decode else ({"tokens": 9}, "9 tokens after 50,")
+    )
+    with pytest.raises(RuntimeError, match=f"^{case} full: expected a difference <= 0.02, got "):
+        bench(LAYER, 50, rounds=7, name="50", **flags)
+
+
+def test_quantised_rows_are_under_the_ceiling_of_bf16(monkeypatch):
+    monkeypatch.setattr(harness, "read_bandwidth", lambda _: 5.0)
+    asked = []
+    monkeypatch.setattr(harness, "matmul_peak", lambda name, _: asked.append(name) or 50.0)
+    time_us = harness.Timing(1.0, 0.0)
+    names = ("int8", "int4", "bf16")
+    rows = [harness.make_row("q", "a", n, time_us, nbytes=1, flops=1, row_format=n) for n in names]
+    assert [row.ceiling_gflop_s for row in harness.measured(lambda: rows)] == [50.0] * 3
+    assert asked == ["bf16"]
 
 
 def test_windows_bench(monkeypatch, tmp_path, capsys):
@@ -238,8 +304,8 @@ def test_peak_sees_memory_that_is_gone_again(monkeypatch, refused):
 
     if refused:  # no access to the kernel's mark: a thread samples
         monkeypatch.setattr(Path, "write_text", refuse)
-    before = memory.status_bytes("VmRSS")
-    with memory.Peak().start() as peak:
+    before = resident.status_bytes("VmRSS")
+    with resident.Peak().start() as peak:
         block = torch.ones(16 << 20)
         while peak.bytes() - before < 60 << 20:
             block += 1

@@ -81,13 +81,19 @@ def test_overhead_bench():
 
 
 def test_append_bench(monkeypatch):
-    monkeypatch.setattr(append, "plans", small_plans)
+    monkeypatch.setattr(cases, "plans", small_plans)
     rows = append.append(LAYER, 100, rounds=7, name="100")
     given = 2 * 100 * LAYER.row_bytes
     sizes = {"full": 2 * given, "mean": given + 118 * 64, "streaming": given + 22 * 64, "clone": 2 * given}
-    assert {row.plan: row.bytes for row in rows[:4]} == sizes
-    assert [row.plan for row in rows[4:]] == ["full", "mean", "streaming", "cat"]
-    assert {row.case for row in rows[4:]} == {"one token after 100"}
+    sizes |= {f"{plan} int8": given + held * 2 * 20 for plan, held in (("full", 200), ("mean", 118))}
+    at = len(rows) // 2
+    prompt, token = ({row.plan: row for row in some} for some in (rows[:at], rows[at:]))
+    names = ["full", "mean", "streaming", "full int8", "mean int8", "full int4", "mean int4"]
+    assert (list(prompt), list(token)) == ([*names, "clone"], [*names, "cat"])
+    assert {name: prompt[name].bytes for name in sizes} == sizes
+    assert {row.case for row in token.values()} == {"one token after 100"}
+    assert (token["full"].bytes, token["full int8"].bytes) == (2 * 2 * 64, 2 * (64 + 40))
+    assert [prompt[name].format for name in ("mean int8", "full int4", "clone")] == ["int8", "int4", "bf16"]
     monkeypatch.setattr(cases.LayerCache, "append", lambda cache, key, value: cache._store(key * 2, value, None))
     with pytest.raises(RuntimeError, match=r"^append 100 full, token 0: expected a difference <= 0.0, got "):
         append.append(LAYER, 100, rounds=7, name="100")
@@ -154,6 +160,19 @@ def test_quick_bench_needs_torch_alone():
 def rival_press(plan):
     """What kvpress would do to a cache: nothing, with the plan's model in hand."""
     return lambda model: contextlib.nullcontext(model)
+
+
+def test_generate_bench_with_quantised_caches(monkeypatch):
+    monkeypatch.setattr(generate, "press_of", lambda plan: None)
+    rows = generate.generate(300, rounds=7, chunk=128, shape=SHAPE, kv_dtypes=("int8", "int4"))
+    held = {row.plan: row for row in rows if row.case == "prefill 300"}
+    assert [(name, row.format) for name, row in held.items()] == [
+        ("dynamic", "bf16"), ("razor", "bf16"), ("razor int8", "int8"), ("razor int4", "int4"),
+    ]  # fmt: skip
+    plan = memory.razor_plan(SHAPE)
+    assert [held[f"razor {kv}"].bytes for kv in ("int8", "int4")] == [
+        plan.kv_bytes(300, head_dim=8, dtype=kv) for kv in ("int8", "int4")
+    ]
 
 
 @pytest.mark.parametrize("pressed", [False, True])

@@ -423,6 +423,32 @@ def test_evaluate_measures_and_goes_on(shipped, tmp_path, monkeypatch):
             evaluate(*shipped, methods, tmp_path, replace(settings, **change), progress=False)
 
 
+def test_formats_of_the_cache(shipped, tmp_path):
+    """The same plan in every format, in the bytes that it says; what the prompt holds is read as it was stored."""
+    settings = Settings(["needle", "multikey"], [320], [0.4], 2, depths=2, task_file=TINY)
+    methods = make(shipped, ["full", "razor"], kv=["model", "int8", "int4"])
+    assert [method.name for method in methods] == [f"{name}{kv}" for name in ("full", "razor")
+                                                   for kv in ("", ", int8", ", int4")]  # fmt: skip
+    rows = evaluate(*shipped, methods, tmp_path, settings, progress=False)
+    held = {row.method: row.kv_bytes for row in rows if row.task == "needle"}
+    sizes = {"head_dim": 32, "page_size": PAGE_SIZE}
+    for base in ("full", "razor"):
+        plan = methods[0 if base == "full" else 3].way(320, 0.4, 3) or Plan.full(4, 4)
+        for kv in ("int8", "int4"):
+            assert held[f"{base}, {kv}"] == plan.kv_bytes(320, dtype=kv, **sizes) < held[base] / 2
+    assert {row.accuracy for row in rows if row.method in ("full", "full, int8")} == {1.0}
+    assert sum(row.correct for row in rows if row.method == "razor, int8") >= 5
+    with Reader(shipped[0], methods[4].way(320, 0.4, 3), "dense", methods[4].kv_dtype) as reader:
+        reader.read(list(range(5, 40)))
+        assert reader.cache.layers[0].cache.key_pages.dtype == torch.int8
+    for names, kv, message in [
+        (["razor"], ["int2"], "kv: expected some of model, int8, int4, got 'int2'"),
+        (["snapkv-asked"], ["int4"], "kv: expected model for snapkv-asked, which has no quantised cache, got int4"),
+    ]:
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            make(shipped, names, kv=kv)
+
+
 def test_evaluate_refuses_early(shipped, tmp_path):
     def run(**changes):
         good = {"tasks": ["needle"], "lengths": [100], "budgets": [0.5], "task_file": TINY}

@@ -37,6 +37,9 @@ def test_the_command(tmp_path, capsys):
     for name in ("needle.png", "curves.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
         assert name in capsys.readouterr().out or name == "curves.png"
+    assert cli.main([*words, "--kv", "int8"]) == 0
+    more = read_rows(out / "results.csv")[len(rows) :]
+    assert {row.method for row in more} == {f"{row.method}, int8" for row in rows}
     assert cli.main([*words[:-1], "h2o"]) == 2
     assert "razor: methods: expected some of full" in capsys.readouterr().err
 

@@ -34,6 +34,8 @@ POLICY = ((0, FULL, False), (4, 24, True))
 
 def make(policy: tuple[tuple[int, int, bool], ...] = POLICY, kv: str = "float32", batch: int = 1) -> LayerCache:
     sizes = {"batch_size": batch, "head_dim": HEAD_DIM, "page_size": PAGE}
+    if kv == "int8":  # with rows that no pool holds
+        sizes |= {"exact_sink": 3, "exact_window": 7}
     return LayerCache(*zip(*policy, strict=True), dtype=FORMATS[kv], **sizes)
 
 

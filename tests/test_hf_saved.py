@@ -37,6 +37,8 @@ def llama():
 
 def cache_of(model: Any, plan: Plan = MIXED, **options: Any) -> RazorCache:
     """Filled by IDS, in several calls."""
+    if options.get("kv_dtype") == "int8":  # every way to store at once
+        options |= {"exact_sink": 2, "exact_window": 9, "rotate_keys": True}
     cache = RazorCache(model.config, plan, **{"page_size": 16} | options)
     with attach(model, plan):
         logits_by_step(model, cache, IDS, LENGTHS, MASK)
@@ -176,6 +178,7 @@ def test_a_loaded_cache_goes_on_as_if_it_had_stayed(tmp_path, dtype: torch.dtype
     loaded = RazorCache.load(path, model, MIXED)
     assert_same(loaded, cache)
     assert (loaded.nbytes, loaded.kv_dtype, loaded.page_size) == (cache.nbytes, kv, 16)
+    assert (loaded.exact_window, loaded.rotate_keys) == (cache.exact_window, cache.rotate_keys)
     assert loaded.pool_nbytes == loaded.nbytes
     assert all(len(layer.cache.key_pages) == layer.cache._pool.used for layer in loaded.layers)
     assert torch.equal(go_on(model, loaded), go_on(model, cache))
@@ -396,7 +399,10 @@ FORGERIES = [
     (put("plan", "[1]"), "Plan"),
     (put("plan", "[[[1]], [[1]], [[true]], 0.5, {}]"), "expected a plan that is resolved, got Plan("),
     (put("plan", "{"), "expected metadata in JSON, got "),
-    (put("given", None), "expected the metadata plan, given, model, weights, prefill, page_size, kv_dtype, columns, "),
+    (
+        put("given", None),
+        "expected the metadata plan, given, model, weights, prefill, page_size, kv_dtype, exact_sink, ",
+    ),
     (put("layers.1.seen", None), "expected the tensor 'layers.1.seen', got a file without it"),
     (lambda _, tensors: tensors.update(extra=torch.zeros(1)), "expected no tensor 'extra', got a file with it"),
     (put("0.seen", lambda t: t.int()), "layers.0.seen: expected torch.int64 [2], got torch.int32 [2]"),
@@ -451,3 +457,14 @@ def test_foreign_files_are_refused(llama, tmp_path) -> None:
         RazorCache.load(path, llama)
     with pytest.raises(FileNotFoundError):
         RazorCache.load(tmp_path / "missing", llama)
+
+
+def test_a_part_of_a_cache_is_not_written(llama, saved, monkeypatch) -> None:
+    """Ranks hold heads of their own; a file of one of them would say nothing of the others."""
+    cache, before = cache_of(llama), saved.read_bytes()
+    monkeypatch.setattr("razor_attention.hf.saved.kv_shard", lambda _: (0, 2))
+    message = "^model: expected one process, got 2 ranks, each with a part of every cache$"
+    for call in (lambda: cache.save(saved, llama), lambda: RazorCache.load(saved, llama)):
+        with pytest.raises(NotImplementedError, match=message):
+            call()
+    assert saved.read_bytes() == before

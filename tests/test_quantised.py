@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 import oracle
@@ -35,21 +36,24 @@ from test_isa import ISAS, present, run_child
 KV = {"int8": torch.int8, "int4": torch.uint8}
 MIXED = ((0, FULL, False), (4, 24, True), (0, 9, False), (5, 0, True))
 both = pytest.mark.parametrize("kv", KV)
+NO_EXACT = {"exact_sink": 0, "exact_window": 0}
 
 
-def cache_of(case: Case, kv: str, page_size: int | None = None) -> LayerCache:
-    sizes = {"batch_size": case.batch, "head_dim": case.head_dim, "page_size": page_size or case.page_size}
+def cache_of(case: Case, kv: str | torch.dtype, page_size: int | None = None, **exact: int) -> LayerCache:
+    sizes = {"batch_size": case.batch, "head_dim": case.head_dim, "page_size": page_size or case.page_size} | exact
     return LayerCache(*zip(*case.policy, strict=True), dtype=kv, alibi_slopes=case.slopes, **sizes)
 
 
 # Attention and append.
 
 
-def expected(case: Case, kv: str) -> list[np.ndarray]:
-    """By the oracle: queries read the tokens of their own call as they came, what was stored as it was quantised."""
+def expected(case: Case, kv: str, exact_sink: int, exact_window: int) -> list[np.ndarray]:
+    """By the oracle: queries read the tokens of their own call and those with exact rows as they came, what else was
+    stored as it was quantised. What is dropped stays as it was then."""
     out = [np.zeros(t.query.shape) for t in case.tokens]
     for b in range(case.batch):
-        query, key, value = (case.history(name, b) for name in ("query", "key", "value"))
+        query, *given = (case.history(name, b) for name in ("query", "key", "value"))
+        key, value = (rows.copy() for rows in given)
         position = 0
         for i, t in enumerate(case.tokens):
             pad = 0 if t.pad is None else int(t.pad[b])
@@ -68,10 +72,10 @@ def expected(case: Case, kv: str) -> list[np.ndarray]:
                         scale=case.scaled_by,
                     )
             for h, (sink, window, _) in enumerate(case.policy):
-                new = [x for x in oracle.cache_rows(end, sink, window).values() if x >= stored]
-                for rows in (key, value):
-                    if new:
-                        rows[h, new] = oracle.quantised(rows[h, new], kv)[0]
+                kept = list(oracle.cache_rows(end, sink, window).values())
+                for rows, as_given in zip((key, value), given, strict=True):
+                    if coded := [x for x in kept if exact_sink <= x < end - exact_window]:
+                        rows[h, coded] = oracle.quantised(as_given[h, coded], kv)[0]
             position = end
     return out
 
@@ -110,12 +114,12 @@ def assert_same_cache(cache: LayerCache, other: LayerCache) -> None:
         assert np.allclose(getattr(cache, name), getattr(other, name), rtol=1e-5, atol=1e-4)
 
 
-def attend_everything(case: Case, kv: str) -> None:
+def attend_everything(case: Case, kv: str, **exact: int) -> None:
     """Against the oracle and the reference, which also fills a cache of its own."""
-    cache, filled_by_reference, slack = cache_of(case, kv), cache_of(case, kv), {}
+    cache, filled_by_reference, slack = cache_of(case, kv, **exact), cache_of(case, kv, **exact), {}
     if case.scaled_by * case.outlier > 1:  # logits of some hundreds
         slack = {"arithmetic": 2.0**-24 * 1024}
-    for tokens, by_oracle in zip(case.tokens, expected(case, kv), strict=True):
+    for tokens, by_oracle in zip(case.tokens, expected(case, kv, **NO_EXACT | exact), strict=True):
         poison(cache)
         by_reference = reference_attend(case, cache, tokens)
         out = cache.attend(tokens.query, tokens.key, tokens.value, scale=case.scale, pad=tokens.pad, dense=tokens.dense)
@@ -123,8 +127,10 @@ def attend_everything(case: Case, kv: str) -> None:
         assert_close(out, by_oracle, case.magnitude(), **slack)
         assert_close(out, to_numpy(by_reference), case.magnitude(), **slack)
         filled_by_reference._take_pages(cache.seen)
-        reference.append(tokens.key, tokens.value, *filled_by_reference._tensors(), pad=tokens.pad)
+        rows = filled_by_reference._exact_rows(tokens.key)
+        reference.append(tokens.key, tokens.value, *filled_by_reference._tensors(), pad=tokens.pad, **rows)
         assert_same_cache(cache, filled_by_reference)
+        assert not exact or torch.equal(cache.exact, filled_by_reference.exact)
 
 
 @both
@@ -173,6 +179,32 @@ def test_few_queries_on_every_instruction_set(isa: str) -> None:
         pytest.skip(f"this CPU has no {isa}")
     child = run_child(CHILD, isa, str(Path(__file__).parent))
     assert child.returncode == 0, child.stderr
+
+
+@both
+@pytest.mark.parametrize("sizes", [(4, 0), (0, 1), (0, 30), (6, 17)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_exact_rows(kv: str, dtype: str, sizes: tuple[int, int]) -> None:
+    """Beside the codes, of windows that are longer and shorter than they; few queries and many, padding, dense."""
+    exact = {"exact_sink": sizes[0], "exact_window": sizes[1]}
+    calls = (Call(20), Call(1), Call(1), Call(40, (7, 0)), Call(3), Call(60, dense=True), Call(2), Call(50), Call(1))
+    case = Case("", MIXED, calls, batch=2, group=2, head_dim=40, dtype=dtype, alibi=sizes == (0, 30), page_size=16)
+    attend_everything(case, kv, **exact)
+
+
+@both
+@given(any_cases(), st.integers(0, 9), st.integers(1, 70))
+def test_exact_rows_of_any_plan(kv: str, case: Case, exact_sink: int, exact_window: int) -> None:
+    attend_everything(case, kv, exact_sink=exact_sink, exact_window=exact_window)
+
+
+@both
+def test_everything_exact_is_an_unquantised_cache(kv: str) -> None:
+    case = Case("", MIXED, steps(30, 1, 20, 1), batch=2, group=2, head_dim=40, dtype="bfloat16")
+    exact, coded = case.run(cache_of(case, kv, exact_window=100)), case.run(cache_of(case, kv))
+    for a, b, c in zip(exact, case.run(cache_of(case, torch.bfloat16)), coded, strict=True):
+        assert_agree(a, b, case.magnitude())
+        assert c is coded[0] or (b - c).abs().max() > 2 * (b - a).abs().max()
 
 
 @both
@@ -242,6 +274,7 @@ def test_sums_take_what_was_stored_and_what_never_was(kv: str) -> None:
 def test_nbytes_is_what_the_plan_says(kv: str, head_dim: int, page_size: int) -> None:
     case = Case("", MIXED, steps(3, 40, 1, 60), batch=2, head_dim=head_dim, page_size=page_size)
     cache, plan, seen = cache_of(case, kv), Plan(*([list(column)] for column in zip(*MIXED, strict=True))), 0
+    beside = cache_of(case, kv, exact_sink=2, exact_window=7)
     row = head_dim + 4 if kv == "int8" else math.ceil(head_dim / 2) + 2 * math.ceil(head_dim / 16)
     shape = {"head_dim": head_dim, "batch_size": 2, "page_size": page_size}
     for tokens in case.tokens:
@@ -250,6 +283,9 @@ def test_nbytes_is_what_the_plan_says(kv: str, head_dim: int, page_size: int) ->
         pages = sum(-(-len(oracle.cache_rows(seen, s, w)) // page_size) for s, w, _ in MIXED)
         by_hand = 2 * 2 * (pages * page_size * row + 2 * 4 * head_dim)  # K and V, 2 sequences; 2 heads compensate
         assert cache.nbytes == by_hand == plan.kv_bytes(seen, dtype=kv, **shape)
+        beside.append(tokens.key, tokens.value)
+        rows = {"exact_rows": 9, "exact_dtype": torch.float32}
+        assert beside.nbytes == by_hand + 2 * 2 * 4 * 9 * head_dim * 4 == plan.kv_bytes(seen, dtype=kv, **shape, **rows)
         assert cache.key_pages[0].numel() * cache.key_pages.element_size() == page_size * row
     assert plan.kv_bytes(seen, dtype=torch.int8, **shape) == plan.kv_bytes(seen, dtype="int8", **shape)
 
@@ -262,10 +298,11 @@ def test_bytes_of_a_known_model() -> None:
 
 
 @both
-def test_reorder_and_reset(kv: str) -> None:
+@pytest.mark.parametrize("exact", [{}, {"exact_sink": 2, "exact_window": 11}], ids=["codes", "exact rows"])
+def test_reorder_and_reset(kv: str, exact: dict[str, int]) -> None:
     case = Case("", MIXED, (Call(50, (0, 9, 3)), Call(1), Call(20), Call(1)), batch=3, group=2, head_dim=24)
-    index, cache = [2, 0, 2, 1], cache_of(case, kv)
-    other = cache_of(dataclasses.replace(case, batch=4), kv)
+    index, cache = [2, 0, 2, 1], cache_of(case, kv, **exact)
+    other = cache_of(dataclasses.replace(case, batch=4), kv, **exact)
     for i, t in enumerate(case.tokens):
         if i == 2:
             cache.reorder(torch.tensor(index))
@@ -278,7 +315,7 @@ def test_reorder_and_reset(kv: str) -> None:
     assert (len(cache.key_pages), cache.key_pages.dtype, cache.head_dim) == (0, KV[kv], 24)
     assert cache.nbytes == 4 * 2 * 2 * 24 * 4  # sums of two heads that compensate
     case = dataclasses.replace(case, batch=4, calls=steps(30, 1))
-    assert all(torch.equal(a, b) for a, b in zip(case.run(cache), case.run(cache_of(case, kv)), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(case.run(cache), case.run(cache_of(case, kv, **exact)), strict=True))
 
 
 @both
@@ -297,14 +334,16 @@ def test_any_dtype_of_tokens_on_one_cache(kv: str) -> None:
 
 
 def good(kv: str, dtype: str = "float32", dense: bool = False) -> tuple[list[Tensor], dict[str, object]]:
-    """Arguments of attention by position and by name: batch 2, 2 kv heads, 4 heads, 3 new tokens after 20."""
+    """Arguments of attention by position and by name: batch 2, 2 kv heads, 4 heads, 3 new tokens after 20, and exact
+    rows."""
     calls = (Call(20), Call(3, (0, 2), dense))
     case = Case("", ((0, FULL, False), (4, 6, True)), calls, batch=2, group=2, head_dim=8, dtype=dtype, page_size=16)
-    cache, (first, last) = cache_of(case, kv), case.tokens
+    cache, (first, last) = cache_of(case, kv, exact_sink=1, exact_window=5), case.tokens
     cache.append(first.key, first.value)
     cache._take_pages(cache.seen + 3)
     tensors = [t.nan_to_num().contiguous() for t in (last.query, last.key, last.value)]
-    return [*tensors, *cache._tensors()], {"pad": last.pad, "scale": 0.3, "dense": dense}
+    options = {"pad": last.pad, "scale": 0.3, "dense": dense}
+    return [*tensors, *cache._tensors()], options | cache._exact_rows(last.key)
 
 
 @both
@@ -313,7 +352,7 @@ def good(kv: str, dtype: str = "float32", dense: bool = False) -> tuple[list[Ten
 def test_opcheck(kv: str, op: str, dtype: str) -> None:
     arguments, options = good(kv, dtype)
     if op == "append":
-        arguments, options = arguments[1:], {"pad": options["pad"]}
+        arguments, options = arguments[1:], stored_with(options)
     torch.library.opcheck(getattr(torch.ops.razor, op).default, tuple(arguments), options)
 
 
@@ -336,10 +375,12 @@ def test_compiled_is_eager(kv: str) -> None:
 def test_numpy_module_is_the_same(kv: str) -> None:
     arguments, options = good(kv, "float16")
     arrays = [raw(t.clone()) for t in arguments]
-    by_numpy = _core.attention(*arrays, **options | {"pad": options["pad"].numpy()})
+    in_numpy = options | {"pad": options["pad"].numpy(), "exact": raw(options["exact"].clone())}
+    by_numpy = _core.attention(*arrays, **in_numpy)
     assert by_numpy.tobytes() == raw(ops.attention(*arguments, **options)).tobytes()
-    ops.append(*arguments[1:], pad=options["pad"])
-    _core.append(*arrays[1:], pad=options["pad"].numpy())
+    ops.append(*arguments[1:], **stored_with(options))
+    _core.append(*arrays[1:], **stored_with(in_numpy))
+    arguments.append(options["exact"]), arrays.append(in_numpy["exact"])
     assert all(raw(t).tobytes() == a.tobytes() for t, a in zip(arguments, arrays, strict=True))
 
 
@@ -347,11 +388,17 @@ def test_numpy_module_is_the_same(kv: str) -> None:
 def test_reference_door(kv: str) -> None:
     """What devices without kernels run."""
     arguments, options = good(kv)
-    theirs = [t.clone() for t in arguments]
+    theirs, my_exact = [t.clone() for t in arguments], options["exact"].clone()
     assert_close(ops._attention_reference(*theirs, **options), to_numpy(ops.attention(*arguments, **options)), 5.0)
-    ops._append_reference(*theirs[1:], pad=options["pad"])
-    ops.append(*arguments[1:], pad=options["pad"])
+    ops._append_reference(*theirs[1:], **stored_with(options))
+    ops.append(*arguments[1:], **stored_with(options | {"exact": my_exact}))
+    assert torch.equal(my_exact, options["exact"])
     assert all(torch.equal(a, b) for a, b in zip(arguments[:10], theirs[:10], strict=True))
+
+
+def stored_with(options: dict[str, object]) -> dict[str, object]:
+    """Those of append."""
+    return {name: options[name] for name in ("pad", "exact", "exact_sink")}
 
 
 MISTAKES = [
@@ -362,21 +409,28 @@ MISTAKES = [
     ("int8", 4, lambda t: t.view(torch.uint8), "value_pages: expected dtype int8 like key_pages, got uint8"),
     ("int4", 4, lambda t: t.float(), "value_pages: expected dtype uint8 like key_pages, got float32"),
     ("int4", 4, lambda t: t[1:], "value_pages: expected shape [{n}, 16, 6], got [{less}, 16, 6]"),
+    ("int8", "exact", lambda t: t.half(), "exact: expected dtype float32 like key, got float16"),
+    ("int4", "exact", lambda t: t[:1], "exact: expected shape [2, 4, any, 8], got [1, 4, 6, 8]"),
+    ("int8", "exact", lambda t: t[:, 1:], "exact: expected shape [2, 4, any, 8], got [2, 3, 6, 8]"),
+    ("int8", "exact_sink", lambda _: 7, "exact_sink: expected a value from 0 to 6, got 7"),
+    ("int8", "exact_sink", lambda _: -1, "exact_sink: expected a value from 0 to 6, got -1"),
+    ("int8", "exact", lambda _: None, "exact_sink: expected a value from 0 to 0, got 1"),
 ]
 
 
 @pytest.mark.parametrize("door", ["torch", "numpy", "meta", "reference"])
 @pytest.mark.parametrize(("kv", "index", "change", "message"), MISTAKES, ids=[m[3] for m in MISTAKES])
-def test_mistake(door: str, kv: str, index: int, change, message: str) -> None:
+def test_mistake(door: str, kv: str, index: int | str, change, message: str) -> None:
     arguments, options = good(kv)
     message = message.format(n=len(arguments[3]), less=len(arguments[3]) - 1)
-    arguments[index] = change(arguments[index])
+    held = options if isinstance(index, str) else arguments
+    held[index] = change(held[index])
     call = {"torch": ops.attention, "numpy": _core.attention, "meta": ops.attention,
             "reference": ops._attention_reference}[door]  # fmt: skip
-    if door == "numpy":
-        arguments, options["pad"] = [t.numpy() for t in arguments], options["pad"].numpy()
-    elif door == "meta":
-        arguments, options["pad"] = [t.to("meta") for t in arguments], options["pad"].to("meta")
+    if door in ("numpy", "meta"):
+        convert = Tensor.numpy if door == "numpy" else lambda t: t.to("meta")
+        arguments = [convert(t) for t in arguments]
+        options = {name: convert(x) if isinstance(x, Tensor) else x for name, x in options.items()}
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         call(*arguments, **options)
 
@@ -396,3 +450,15 @@ def test_float64_stays_with_the_reference() -> None:
     out = reference.attention(*wide(arguments[:3]), *arguments[3:], **options)
     assert out.dtype == torch.float64
     assert_close(ops.attention(*arguments, **options), to_numpy(out), 5.0)
+
+
+def test_exact_rows_want_codes_beside_them() -> None:
+    for name in ("exact_sink", "exact_window"):
+        with pytest.raises(ValueError, match=f"^{name}: expected an integer <= 0, got 4$"):
+            LayerCache([4], [8], [True], batch_size=1, head_dim=8, dtype=torch.float32, **{name: 4})
+    cache = LayerCache([4], [8], [True], batch_size=1, head_dim=8, dtype=torch.float32)
+    cache._take_pages(torch.tensor([5]))
+    rows, message = torch.zeros(1, 1, 5, 8), "exact: expected quantised key_pages beside it, got float32"
+    for call in (ops.append, ops._append_reference):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            call(rows, rows, *cache._tensors(), exact=torch.zeros(2, 1, 4, 8))

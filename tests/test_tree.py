@@ -142,6 +142,7 @@ RANK = {
     "reference": 0,
     "checks": 0,
     "op_checks": 0,
+    "rotation": 0,
     "_core": 0,
     "_native": 1,
     "ops": 2,

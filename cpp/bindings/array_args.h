@@ -113,6 +113,8 @@ inline KvCodes codes_of(const Array& pages, const Array& key) {
 
 struct CacheArrays {
   Array key_pages, value_pages, page_table, seen, sink_size, window_size, compensate, key_sum, value_sum;
+  std::optional<Array> exact = std::nullopt;
+  int64_t exact_sink = 0;
 };
 
 // The cache of a layer whose new keys are `key`, already checked to have 4 dimensions.
@@ -149,6 +151,16 @@ inline KvCacheView cache_view(const CacheArrays& c, const Array& key) {
     expect_shape(*sums, {batch * heads, head_dim});
     expect_contiguous(*sums);
   }
+  if (c.exact) {
+    RAZOR_CHECK(codes != KvCodes::kNone, "exact: expected quantised key_pages beside it, got ",
+                name(c.key_pages.dtype));
+    expect_like(*c.exact, key);
+    expect_shape(*c.exact, {2, batch * heads, kAny, head_dim});
+    expect_contiguous(*c.exact);
+  }
+  const int64_t exact_rows = c.exact ? c.exact->sizes[2] : 0;
+  RAZOR_CHECK(c.exact_sink >= 0 && c.exact_sink <= exact_rows, "exact_sink: expected a value from 0 to ", exact_rows,
+              ", got ", c.exact_sink);
   return {.key_pages = c.key_pages.data,
           .value_pages = c.value_pages.data,
           .page_table = static_cast<const int32_t*>(c.page_table.data),
@@ -158,12 +170,15 @@ inline KvCacheView cache_view(const CacheArrays& c, const Array& key) {
           .compensate = static_cast<const bool*>(c.compensate.data),
           .key_sum = static_cast<float*>(c.key_sum.data),
           .value_sum = static_cast<float*>(c.value_sum.data),
+          .exact = exact_rows > 0 ? c.exact->data : nullptr,
           .batch = batch,
           .num_kv_heads = heads,
           .head_dim = head_dim,
           .num_pages = c.key_pages.sizes[0],
           .page_size = page_size,
           .max_pages = c.page_table.sizes[1],
+          .exact_rows = exact_rows,
+          .exact_sink = c.exact_sink,
           .format = format,
           .codes = codes};
 }

@@ -62,9 +62,13 @@ std::optional<Array> optional_array(const std::optional<Described>& d) {
 struct DescribedCache {
   Described key_pages, value_pages, page_table, seen, sink_size, window_size, compensate, key_sum, value_sum;
 
+  int64_t exact_sink;
+  std::optional<Described> exact = std::nullopt;
+
   [[nodiscard]] CacheArrays arrays() const {
-    return {key_pages.array,   value_pages.array, page_table.array, seen.array,     sink_size.array,
-            window_size.array, compensate.array,  key_sum.array,    value_sum.array};
+    return {key_pages.array, value_pages.array,     page_table.array, seen.array,
+            sink_size.array, window_size.array,     compensate.array, key_sum.array,
+            value_sum.array, optional_array(exact), exact_sink};
   }
 };
 
@@ -72,11 +76,14 @@ py::array attention(const py::array& query, const py::array& key, const py::arra
                     const py::array& value_pages, const py::array& page_table, const py::array& seen,
                     const py::array& sink_size, const py::array& window_size, const py::array& compensate,
                     const py::array& key_sum, const py::array& value_sum, const std::optional<py::array>& alibi_slopes,
-                    const std::optional<py::array>& pad, double scale, bool dense) {
-  const DescribedCache cache{
-      {"key_pages", key_pages}, {"value_pages", value_pages}, {"page_table", page_table}, {"seen", seen},
-      {"sink_size", sink_size}, {"window_size", window_size}, {"compensate", compensate}, {"key_sum", key_sum},
-      {"value_sum", value_sum}};
+                    const std::optional<py::array>& pad, double scale, bool dense,
+                    const std::optional<py::array>& exact, int64_t exact_sink) {
+  DescribedCache cache{{"key_pages", key_pages},   {"value_pages", value_pages},
+                       {"page_table", page_table}, {"seen", seen},
+                       {"sink_size", sink_size},   {"window_size", window_size},
+                       {"compensate", compensate}, {"key_sum", key_sum},
+                       {"value_sum", value_sum},   exact_sink};
+  if (exact) cache.exact.emplace("exact", *exact);
   const Described q("query", query), k("key", key), v("value", value);
   std::optional<Described> slopes, padding;
   if (alibi_slopes) slopes.emplace("alibi_slopes", *alibi_slopes);
@@ -93,11 +100,14 @@ py::array attention(const py::array& query, const py::array& key, const py::arra
 void append(const py::array& key, const py::array& value, const py::array& key_pages, const py::array& value_pages,
             const py::array& page_table, const py::array& seen, const py::array& sink_size,
             const py::array& window_size, const py::array& compensate, const py::array& key_sum,
-            const py::array& value_sum, const std::optional<py::array>& pad) {
-  const DescribedCache cache{
-      {"key_pages", key_pages, true}, {"value_pages", value_pages, true}, {"page_table", page_table},
-      {"seen", seen, true},           {"sink_size", sink_size},           {"window_size", window_size},
-      {"compensate", compensate},     {"key_sum", key_sum, true},         {"value_sum", value_sum, true}};
+            const py::array& value_sum, const std::optional<py::array>& pad, const std::optional<py::array>& exact,
+            int64_t exact_sink) {
+  DescribedCache cache{{"key_pages", key_pages, true}, {"value_pages", value_pages, true},
+                       {"page_table", page_table},     {"seen", seen, true},
+                       {"sink_size", sink_size},       {"window_size", window_size},
+                       {"compensate", compensate},     {"key_sum", key_sum, true},
+                       {"value_sum", value_sum, true}, exact_sink};
+  if (exact) cache.exact.emplace("exact", *exact, true);
   const Described k("key", key), v("value", value);
   std::optional<Described> padding;
   if (pad) padding.emplace("pad", *pad);
@@ -149,10 +159,12 @@ PYBIND11_MODULE(_core, m) {
         py::arg("value_pages"), py::arg("page_table"), py::arg("seen"), py::arg("sink_size"), py::arg("window_size"),
         py::arg("compensate"), py::arg("key_sum"), py::arg("value_sum"), py::kw_only(),
         py::arg("alibi_slopes") = py::none(), py::arg("pad") = py::none(), py::arg("scale"), py::arg("dense") = false,
+        py::arg("exact") = py::none(), py::arg("exact_sink") = 0,
         "See razor_attention.ops.attention; numpy arrays instead of tensors.");
   m.def("append", &append, py::arg("key"), py::arg("value"), py::arg("key_pages"), py::arg("value_pages"),
         py::arg("page_table"), py::arg("seen"), py::arg("sink_size"), py::arg("window_size"), py::arg("compensate"),
         py::arg("key_sum"), py::arg("value_sum"), py::kw_only(), py::arg("pad") = py::none(),
+        py::arg("exact") = py::none(), py::arg("exact_sink") = 0,
         "See razor_attention.ops.append; numpy arrays instead of tensors, changed in place.");
   m.def("head_scores", &head_scores, py::arg("query"), py::arg("key"), py::arg("period"), py::kw_only(),
         py::arg("scale"), "See razor_attention.ops.head_scores; numpy arrays instead of tensors.");

@@ -91,17 +91,23 @@ std::vector<int64_t> to_host(const Tensor& numbers) {
 Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& key_pages,
                  const Tensor& value_pages, const Tensor& page_table, const Tensor& seen, const Tensor& sink_size,
                  const Tensor& window_size, const Tensor& compensate, const Tensor& key_sum, const Tensor& value_sum,
-                 const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& pad, double scale,
-                 bool dense) {
+                 const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& pad, double scale, bool dense,
+                 const std::optional<Tensor>& exact, int64_t exact_sink) {
   refuse_float32("attention", query);
   refuse_quantised("attention", key_pages);
   const c10_npu::NPUGuard guard(query.device());
   return checked([&] {
-    const CacheArrays cache{array("key_pages", key_pages),   array("value_pages", value_pages),
-                            array("page_table", page_table), array("seen", seen),
-                            array("sink_size", sink_size),   array("window_size", window_size),
-                            array("compensate", compensate), array("key_sum", key_sum),
-                            array("value_sum", value_sum)};
+    const CacheArrays cache{array("key_pages", key_pages),
+                            array("value_pages", value_pages),
+                            array("page_table", page_table),
+                            array("seen", seen),
+                            array("sink_size", sink_size),
+                            array("window_size", window_size),
+                            array("compensate", compensate),
+                            array("key_sum", key_sum),
+                            array("value_sum", value_sum),
+                            array("exact", exact),
+                            exact_sink};
     razor::AttentionParams params =
         razor::bindings::attention_params(array("query", query), array("key", key), array("value", value), cache,
                                           array("alibi_slopes", alibi_slopes), array("pad", pad), scale, dense);
@@ -135,17 +141,23 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, co
 
 void append(const Tensor& key, const Tensor& value, const Tensor& key_pages, const Tensor& value_pages,
             const Tensor& page_table, const Tensor& seen, const Tensor& sink_size, const Tensor& window_size,
-            const Tensor& compensate, const Tensor& key_sum, const Tensor& value_sum,
-            const std::optional<Tensor>& pad) {
+            const Tensor& compensate, const Tensor& key_sum, const Tensor& value_sum, const std::optional<Tensor>& pad,
+            const std::optional<Tensor>& exact, int64_t exact_sink) {
   refuse_float32("append", key);
   refuse_quantised("append", key_pages);
   const c10_npu::NPUGuard guard(key.device());
   checked([&] {
-    const CacheArrays arrays{array("key_pages", key_pages),   array("value_pages", value_pages),
-                             array("page_table", page_table), array("seen", seen),
-                             array("sink_size", sink_size),   array("window_size", window_size),
-                             array("compensate", compensate), array("key_sum", key_sum),
-                             array("value_sum", value_sum)};
+    const CacheArrays arrays{array("key_pages", key_pages),
+                             array("value_pages", value_pages),
+                             array("page_table", page_table),
+                             array("seen", seen),
+                             array("sink_size", sink_size),
+                             array("window_size", window_size),
+                             array("compensate", compensate),
+                             array("key_sum", key_sum),
+                             array("value_sum", value_sum),
+                             array("exact", exact),
+                             exact_sink};
     const Array keys = array("key", key);
     const razor::NewTokens tokens = razor::bindings::new_tokens(keys, array("value", value), array("pad", pad));
     const razor::KvCacheView cache = razor::bindings::cache_view(arrays, keys);

@@ -54,12 +54,19 @@ Tensor result_like(const Tensor& like) {
 
 Tensor attention(Tensor query, Tensor key, Tensor value, Tensor key_pages, Tensor value_pages, Tensor page_table,
                  Tensor seen, Tensor sink_size, Tensor window_size, Tensor compensate, Tensor key_sum, Tensor value_sum,
-                 std::optional<Tensor> alibi_slopes, std::optional<Tensor> pad, double scale, bool dense) {
-  const CacheArrays cache{array("key_pages", key_pages),   array("value_pages", value_pages),
-                          array("page_table", page_table), array("seen", seen),
-                          array("sink_size", sink_size),   array("window_size", window_size),
-                          array("compensate", compensate), array("key_sum", key_sum),
-                          array("value_sum", value_sum)};
+                 std::optional<Tensor> alibi_slopes, std::optional<Tensor> pad, double scale, bool dense,
+                 std::optional<Tensor> exact, int64_t exact_sink) {
+  const CacheArrays cache{array("key_pages", key_pages),
+                          array("value_pages", value_pages),
+                          array("page_table", page_table),
+                          array("seen", seen),
+                          array("sink_size", sink_size),
+                          array("window_size", window_size),
+                          array("compensate", compensate),
+                          array("key_sum", key_sum),
+                          array("value_sum", value_sum),
+                          array("exact", exact),
+                          exact_sink};
   razor::AttentionParams params =
       razor::bindings::attention_params(array("query", query), array("key", key), array("value", value), cache,
                                         array("alibi_slopes", alibi_slopes), array("pad", pad), scale, dense);
@@ -71,12 +78,18 @@ Tensor attention(Tensor query, Tensor key, Tensor value, Tensor key_pages, Tenso
 
 void append(Tensor key, Tensor value, Tensor key_pages, Tensor value_pages, Tensor page_table, Tensor seen,
             Tensor sink_size, Tensor window_size, Tensor compensate, Tensor key_sum, Tensor value_sum,
-            std::optional<Tensor> pad) {
-  const CacheArrays cache{array("key_pages", key_pages),   array("value_pages", value_pages),
-                          array("page_table", page_table), array("seen", seen),
-                          array("sink_size", sink_size),   array("window_size", window_size),
-                          array("compensate", compensate), array("key_sum", key_sum),
-                          array("value_sum", value_sum)};
+            std::optional<Tensor> pad, std::optional<Tensor> exact, int64_t exact_sink) {
+  const CacheArrays cache{array("key_pages", key_pages),
+                          array("value_pages", value_pages),
+                          array("page_table", page_table),
+                          array("seen", seen),
+                          array("sink_size", sink_size),
+                          array("window_size", window_size),
+                          array("compensate", compensate),
+                          array("key_sum", key_sum),
+                          array("value_sum", value_sum),
+                          array("exact", exact),
+                          exact_sink};
   const Array keys = array("key", key);
   const razor::NewTokens tokens = razor::bindings::new_tokens(keys, array("value", value), array("pad", pad));
   razor::append(razor::bindings::cache_view(cache, keys), tokens, torch_parallel_for_razor);
@@ -111,11 +124,12 @@ STABLE_TORCH_LIBRARY(razor, m) {
   m.def(
       "attention(Tensor query, Tensor key, Tensor value, Tensor key_pages, Tensor value_pages, Tensor page_table, "
       "Tensor seen, Tensor sink_size, Tensor window_size, Tensor compensate, Tensor key_sum, Tensor value_sum, *, "
-      "Tensor? alibi_slopes=None, Tensor? pad=None, float scale, bool dense=False) -> Tensor");
+      "Tensor? alibi_slopes=None, Tensor? pad=None, float scale, bool dense=False, Tensor? exact=None, "
+      "int exact_sink=0) -> Tensor");
   m.def(
       "append(Tensor key, Tensor value, Tensor(a!) key_pages, Tensor(b!) value_pages, Tensor page_table, "
       "Tensor(c!) seen, Tensor sink_size, Tensor window_size, Tensor compensate, Tensor(d!) key_sum, "
-      "Tensor(e!) value_sum, *, Tensor? pad=None) -> ()");
+      "Tensor(e!) value_sum, *, Tensor? pad=None, Tensor(f!)? exact=None, int exact_sink=0) -> ()");
   m.def("head_scores(Tensor query, Tensor key, int period, *, float scale) -> (Tensor echo, Tensor induction)");
   m.def(
       "alibi_windows(Tensor query, Tensor key, Tensor slopes, Tensor? bound=None, *, float theta, float alpha, "

@@ -162,20 +162,25 @@ struct Worker {
     const bool sinks = end <= block.row.sink;
     TiledScratch& tiled = scratch.tiled;
     for (int64_t columns; begin < end; begin += columns) {
-      const bool coded = params.cache.codes != KvCodes::kNone && begin < block.row.seen;
-      columns = coded ? std::min({kDecodedTokens, end - begin, block.row.seen - begin})
-                      : std::min(kTiledColumns, end - begin);
-      const bool scaled = coded && params.cache.codes == KvCodes::kInt8;  // scales of int4 are 1
-      const KvFormat format = coded ? decoded_format() : params.cache.format;
-      const int64_t element_bytes = element_size(format);
+      columns = std::min(kTiledColumns, end - begin);
+      bool coded = false;
       for (int64_t c = 0; c < columns;) {
-        Run run = next_run(params.cache, params.tokens, block.row, begin + c, begin + columns, columns);
+        Run run = next_run(params.cache, params.tokens, block.row, begin + c, begin + columns, kDecodedTokens);
+        if (c == 0 && run.key_numbers != nullptr) {
+          coded = true;
+          columns = std::min(columns, kDecodedTokens);
+        } else if (coded != (run.key_numbers != nullptr)) {  // rows and decoded rows may differ in format
+          columns = c;
+          break;
+        }
         if (coded) run = decode(run, c);
+        const int64_t element_bytes = element_size(run.format);
         for (int64_t i = 0; i < run.count; ++i, ++c) {
           tiled.keys[c] = static_cast<const char*>(run.key) + i * run.key_stride * element_bytes;
           tiled.values[c] = static_cast<const char*>(run.value) + i * run.value_stride * element_bytes;
         }
       }
+      const bool scaled = coded && params.cache.codes == KvCodes::kInt8;  // scales of int4 are 1
       see_columns(begin, columns, sinks);
       kernels.attention_block({.query = tiled.query,
                                .key_rows = tiled.keys.data(),
@@ -193,7 +198,7 @@ struct Worker {
                                .rows = rows(),
                                .columns = columns,
                                .head_dim = head_dim,
-                               .format = format,
+                               .format = coded ? decoded_format() : params.cache.format,
                                .scale = params.scale});
     }
   }

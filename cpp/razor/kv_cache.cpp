@@ -32,6 +32,40 @@ int64_t contiguous_tokens(const KvCacheView& cache, const CacheRow& row, int64_t
   return std::min(in_page, in_part);
 }
 
+void copy_rows(const void* rows, int64_t stride, int64_t count, int64_t row_bytes, int64_t element_bytes,
+               char* target) {
+  if (stride * element_bytes == row_bytes) {
+    std::memcpy(target, rows, row_bytes * count);
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    std::memcpy(target + i * row_bytes, static_cast<const char*>(rows) + i * stride * element_bytes, row_bytes);
+  }
+}
+
+// Tokens from `position` on whose exact rows follow one another, and the first of these. The rows are laid out like a
+// head's: sinks, then a ring.
+struct ExactRun {
+  int64_t index, count;
+
+  ExactRun(const KvCacheView& cache, int64_t position) {
+    const int64_t ring = cache.exact_rows - cache.exact_sink, sink = cache.exact_sink;
+    index = position < sink ? position : sink + (position - sink) % ring;
+    count = (position < sink ? sink : cache.exact_rows) - index;
+  }
+
+  // Of keys (side 0) or values (1).
+  [[nodiscard]] char* row(const KvCacheView& cache, const CacheRow& row, int64_t side) const {
+    const int64_t rows = (side * cache.batch * cache.num_kv_heads + row.table_row) * cache.exact_rows + index;
+    return static_cast<char*>(cache.exact) + rows * cache.head_dim * element_size(cache.format);
+  }
+};
+
+// The first token beyond the sinks that has an exact row once `seen` are stored.
+int64_t oldest_exact(const KvCacheView& cache, int64_t seen) {
+  return std::max(cache.exact_sink, seen - (cache.exact_rows - cache.exact_sink));
+}
+
 // Rows of format into a page.
 void store_rows(const KvCacheView& cache, const void* rows, int64_t stride, int64_t count, void* pages,
                 const RowBytes& offset) {
@@ -40,14 +74,7 @@ void store_rows(const KvCacheView& cache, const void* rows, int64_t stride, int6
     return cpu::kernels().encode_rows(rows, stride, count, cache.head_dim, cache.format, cache.codes, target,
                                       static_cast<char*>(pages) + offset.numbers);
   }
-  const int64_t bytes = cache.row().codes;
-  if (stride == cache.head_dim) {
-    std::memcpy(target, rows, bytes * count);
-    return;
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    std::memcpy(target + i * bytes, static_cast<const char*>(rows) + i * stride * element_size(cache.format), bytes);
-  }
+  copy_rows(rows, stride, count, cache.row().codes, element_size(cache.format), target);
 }
 
 void store_tokens(const KvCacheView& cache, const NewTokens& tokens, const CacheRow& row, int64_t begin, int64_t end) {
@@ -56,6 +83,17 @@ void store_tokens(const KvCacheView& cache, const NewTokens& tokens, const Cache
     const RowBytes offset = page_offset(cache, row, row_of_token(row, begin));
     store_rows(cache, run.key, run.key_stride, run.count, cache.key_pages, offset);
     store_rows(cache, run.value, run.value_stride, run.count, cache.value_pages, offset);
+    begin += run.count;
+  }
+}
+
+void store_exact(const KvCacheView& cache, const NewTokens& tokens, const CacheRow& row, int64_t begin, int64_t end) {
+  const int64_t size = element_size(cache.format), row_bytes = cache.head_dim * size;
+  while (begin < end) {
+    const ExactRun exact(cache, begin);
+    const Run run = next_run(cache, tokens, row, begin, end, exact.count);
+    copy_rows(run.key, run.key_stride, run.count, row_bytes, size, exact.row(cache, row, 0));
+    copy_rows(run.value, run.value_stride, run.count, row_bytes, size, exact.row(cache, row, 1));
     begin += run.count;
   }
 }
@@ -89,6 +127,20 @@ Run next_run(const KvCacheView& cache, const NewTokens& tokens, const CacheRow& 
             .count = std::min(end - position, max_count),
             .format = cache.format};
   }
+  int64_t coded_end = end;
+  if (cache.exact != nullptr) {
+    const int64_t oldest = oldest_exact(cache, row.seen);
+    if (position < cache.exact_sink || position >= oldest) {
+      const ExactRun exact(cache, position);
+      return {.key = exact.row(cache, row, 0),
+              .value = exact.row(cache, row, 1),
+              .key_stride = cache.head_dim,
+              .value_stride = cache.head_dim,
+              .count = std::min({end - position, row.seen - position, max_count, exact.count}),
+              .format = cache.format};
+    }
+    coded_end = std::min(end, oldest);
+  }
   const RowBytes offset = page_offset(cache, row, row_of_token(row, position));
   const char *keys = static_cast<const char*>(cache.key_pages), *values = static_cast<const char*>(cache.value_pages);
   const bool coded = cache.codes != KvCodes::kNone;
@@ -98,7 +150,8 @@ Run next_run(const KvCacheView& cache, const NewTokens& tokens, const CacheRow& 
           .value_numbers = coded ? values + offset.numbers : nullptr,
           .key_stride = cache.head_dim,
           .value_stride = cache.head_dim,
-          .count = std::min({end - position, row.seen - position, max_count, contiguous_tokens(cache, row, position)}),
+          .count =
+              std::min({coded_end - position, row.seen - position, max_count, contiguous_tokens(cache, row, position)}),
           .format = cache.format};
 }
 
@@ -196,6 +249,10 @@ void append(const KvCacheView& cache, const NewTokens& tokens, ParallelFor paral
     }
     store_tokens(cache, tokens, row, row.seen, std::min(row.sink, end));
     store_tokens(cache, tokens, row, std::max(row.seen, dropped_end), end);
+    if (cache.exact != nullptr) {
+      store_exact(cache, tokens, row, row.seen, std::min(cache.exact_sink, end));
+      store_exact(cache, tokens, row, std::max(row.seen, oldest_exact(cache, end)), end);
+    }
   });
   for (int64_t b = 0; b < cache.batch; ++b) cache.seen[b] += tokens.q_len - (tokens.pad ? tokens.pad[b] : 0);
 }

@@ -28,9 +28,12 @@ struct KvCacheView {
   const bool* compensate;      // [num_kv_heads]
   float* key_sum;              // [batch * num_kv_heads, head_dim] sum of the dropped keys
   float* value_sum;            // [batch * num_kv_heads, head_dim]
+  void* exact;                 // [2, batch * num_kv_heads, exact_rows, head_dim] of format, nullable: keys and values
+                               // of the first exact_sink and of the newest tokens as they came, beside their codes
   int64_t batch, num_kv_heads, head_dim, num_pages, page_size, max_pages;
-  KvFormat format;  // of queries and new tokens, and of the pages unless these are quantised
-  KvCodes codes;    // of the pages
+  int64_t exact_rows, exact_sink;  // tokens; the others of exact_rows are a ring of the newest
+  KvFormat format;                 // of queries and new tokens, and of the pages unless these are quantised
+  KvCodes codes;                   // of the pages
 
   [[nodiscard]] RowBytes row() const { return row_bytes(format, codes, head_dim); }
 };

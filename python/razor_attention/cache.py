@@ -16,6 +16,7 @@ from .checks import check_int, check_kv_dtype, check_table
 from .op_checks import check_append
 from .pages import Ids, PagePool
 from .reference import FULL, row_width
+from .rotation import rotated_key, rotated_query
 
 _GROWTH = 1.25  # of the page table
 _NEVER = 2**62  # a token that does not come
@@ -39,6 +40,10 @@ class LayerCache:
         device: where the tensors live; devices without kernels run the reference.
         page_size: tokens in a page, a multiple of 16.
         alibi_slopes: (num_heads,), float32. None: no ALiBi.
+        exact_sink: first tokens that a quantised cache also keeps as they came, and reads so.
+        exact_window: newest tokens, likewise.
+        rotate_keys: queries and keys pass through `rotation.py` as they come. Outputs stay what they are but for
+            rounding; of a quantised cache they come closer where some channels of the keys are far larger than others.
 
     Raises:
         ValueError: page_size: expected a multiple of 16, got 20
@@ -57,11 +62,17 @@ class LayerCache:
         device: torch.device | str = "cpu",
         page_size: int = 64,
         alibi_slopes: Tensor | None = None,
+        exact_sink: int = 0,
+        exact_window: int = 0,
+        rotate_keys: bool = False,
     ) -> None:
         if check_int("page_size", page_size, 16) % 16:
             raise ValueError(f"page_size: expected a multiple of 16, got {page_size}")
         check_int("batch_size", batch_size, 1), check_int("head_dim", head_dim, 1)
         stored = check_kv_dtype("dtype", dtype)
+        most = 2**31 - 1 if not stored.is_floating_point else 0  # rows that are not quantised are exact anyway
+        self._exact_sink = check_int("exact_sink", exact_sink, 0, most)
+        self._exact_window = check_int("exact_window", exact_window, 0, most)
         sizes = {"sink_size": sink_size, "window_size": window_size}
         policy = {name: check_table(name, value, "integers", dims=(1,)) for name, value in sizes.items()}
         for name, table in policy.items():
@@ -76,11 +87,13 @@ class LayerCache:
         self.window_size = policy["window_size"].to(device, torch.int32)
         self.compensate = policy["compensate"].to(device)
         self.alibi_slopes = None if alibi_slopes is None else alibi_slopes.to(device, torch.float32)
+        self.rotate_keys = rotate_keys
         self.seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
         rows = batch_size * num_kv_heads
         self.page_table = torch.empty(rows, 0, dtype=torch.int32, device=device)
         self.key_sum = torch.zeros(rows, head_dim, dtype=torch.float32, device=device)
         self.value_sum = torch.zeros_like(self.key_sum)
+        self.exact: Tensor | None = None  # made with the first tokens, whose dtype it has; see `ops.attention`
         # Most rows of one (sequence, kv head), [num_kv_heads] int64.
         self._most_rows = self.sink_size.long() + self.window_size.long()
         self._own_until = [0] * batch_size  # of each sequence, a token before which no shared page will be written
@@ -109,20 +122,21 @@ class LayerCache:
     @property
     def nbytes(self) -> int:
         """Bytes of this cache by itself, what `Plan.kv_bytes` promises: the pages that each sequence reads, whether
-        they are shared or not, plus the sums of the heads that compensate."""
+        they are shared or not, plus exact rows and the sums of the heads that compensate."""
         pages = int(self._pages(self.seen).sum()) * self.page_size * self.key_pages.shape[2]
-        return 2 * pages * self.key_pages.element_size() + self._sum_bytes
+        return 2 * pages * self.key_pages.element_size() + self._own_bytes
 
     @property
     def pool_nbytes(self) -> int:
-        """Bytes of the pages that this cache and its forks hold together, each counted once, plus this cache's sums.
-        As `nbytes` where nothing is shared."""
-        return 2 * self._pool.used * self._pool.page_bytes + self._sum_bytes
+        """Bytes of the pages that this cache and its forks hold together, each counted once, plus this cache's sums and
+        exact rows. As `nbytes` where nothing is shared."""
+        return 2 * self._pool.used * self._pool.page_bytes + self._own_bytes
 
     @property
-    def _sum_bytes(self) -> int:
+    def _own_bytes(self) -> int:
         sums = int((self.compensate & (self.window_size != FULL)).sum())
-        return 2 * sums * self.batch_size * self.head_dim * self.key_sum.element_size()
+        exact = 0 if self.exact is None else self.exact.nbytes
+        return 2 * sums * self.batch_size * self.head_dim * self.key_sum.element_size() + exact
 
     def attend(
         self,
@@ -155,6 +169,8 @@ class LayerCache:
         Raises:
             ValueError: as `ops.attention` and `ops.append`; the cache is then as it was.
         """
+        if self.rotate_keys:
+            query, key = rotated_query(query), rotated_key(key)
         out = ops.attention(
             query,
             key,
@@ -164,6 +180,7 @@ class LayerCache:
             pad=pad,
             scale=scale,
             dense=dense,
+            **self._exact_rows(key),
         )
         self._store(key, value, pad)  # attention has just checked them
         return out
@@ -180,8 +197,8 @@ class LayerCache:
         Raises:
             ValueError: as `ops.append`; the cache is then as it was.
         """
-        check_append(key, value, *self._tensors(), pad=pad)
-        self._store(key, value, pad)
+        check_append(key, value, *self._tensors(), pad=pad, **self._exact_rows(key))
+        self._store(rotated_key(key) if self.rotate_keys else key, value, pad)
 
     def _store(self, key: Tensor, value: Tensor, pad: Tensor | None) -> None:
         """`append` of tokens whose shapes and dtypes have been checked."""
@@ -199,7 +216,7 @@ class LayerCache:
                 taken = self._take_pages(torch.tensor(after, device=self.seen.device))
             if self._pool.shared and any(a > own for a, own in zip(after, self._own_until, strict=True)):
                 self._own_written_pages(before, after)
-            ops.append(key, value, *self._tensors(), pad=pad)
+            ops.append(key, value, *self._tensors(), pad=pad, **self._exact_rows(key))
         except BaseException:  # also an interrupt that arrives once the tokens are stored
             if taken and self.seen.tolist() == before:
                 self._pool.release(np.array(taken))
@@ -230,6 +247,7 @@ class LayerCache:
         if sources == list(range(self.batch_size)):
             return
         index = index.to(self.seen.device, torch.int64)
+        exact = None if self.exact is None else torch.stack([self._of_sequences(x, index) for x in self.exact])
         page_table, key_sum, value_sum = (
             self._of_sequences(x, index) for x in (self.page_table, self.key_sum, self.value_sum)
         )
@@ -237,6 +255,7 @@ class LayerCache:
         gone = self._page_ids(sorted(set(range(self.batch_size)) - set(sources)))
         self._pool.share(self._page_ids([s for i, s in enumerate(sources) if s in sources[:i]]))
         self.page_table, self.seen, self.key_sum, self.value_sum = page_table, self.seen[index], key_sum, value_sum
+        self.exact = exact
         self._own_until = own_until
         self._pool.release(gone)
 
@@ -264,6 +283,7 @@ class LayerCache:
             fork._own_until = list(self._own_until)
             fork.seen, fork.page_table = self.seen.clone(), self.page_table.clone()
             fork.key_sum, fork.value_sum = self.key_sum.clone(), self.value_sum.clone()
+            fork.exact = None if self.exact is None else self.exact.clone()
         self._pool.share(self._page_ids(), n)
         for fork in forks:
             fork._pool = self._pool
@@ -278,6 +298,7 @@ class LayerCache:
         self.value_sum.zero_()
         self.page_table = self.page_table.new_empty(self.page_table.shape[0], 0)
         self._own_until = [0] * self.batch_size
+        self.exact = None
         self._pool.release(gone)
 
     def __del__(self, process_ends: Callable[[], bool] = sys.is_finalizing) -> None:
@@ -288,7 +309,19 @@ class LayerCache:
         """Copies and pickles hold the pages in use, and share none."""
         policy = self.sink_size, self.window_size, self.compensate
         form = {"page_size": self.page_size, "alibi_slopes": self.alibi_slopes, "dtype": self._kv_dtype}
+        form |= {"exact_sink": self._exact_sink, "exact_window": self._exact_window, "rotate_keys": self.rotate_keys}
         return _restored, (policy, form, self._contents())
+
+    def _exact_rows(self, key: Tensor) -> dict[str, Any]:
+        """The ops' arguments of that name, for tokens like `key`."""
+        rows = self._exact_sink + self._exact_window
+        if rows == 0:
+            return {}
+        if self.exact is None:
+            with torch.inference_mode(False):
+                shape = (2, len(self.key_sum), rows, self.head_dim)
+                self.exact = torch.zeros(shape, dtype=key.dtype, device=self.key_sum.device)
+        return {"exact": self.exact, "exact_sink": self._exact_sink}
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return (
@@ -314,8 +347,8 @@ class LayerCache:
         return "int4" if self.key_pages.dtype == torch.uint8 else self.key_pages.dtype
 
     def _of_sequences(self, tensor: Tensor, index: Tensor) -> Tensor:
-        """Page-table rows of some sequences: of (batch * num_kv_heads, any), (len(index) * num_kv_heads, any)."""
-        return tensor.view(self.batch_size, self.sink_size.numel(), tensor.shape[1])[index].flatten(0, 1)
+        """Page-table rows of some sequences: of (batch * num_kv_heads, ...), (len(index) * num_kv_heads, ...)."""
+        return tensor.view(self.batch_size, self.sink_size.numel(), *tensor.shape[1:])[index].flatten(0, 1)
 
     def _in_use(self) -> Tensor:
         """Entries of the page table that are read: (batch * num_kv_heads, max_pages), bool."""
@@ -341,7 +374,7 @@ class LayerCache:
             "value_sum": self.value_sum.clone(),
             "key_pages": self.key_pages[index],
             "value_pages": self.value_pages[index],
-        }
+        } | ({} if self.exact is None else {"exact": self.exact.clone()})
 
     def _compact(self) -> tuple[Ids, Tensor]:
         """Pages in use, each once, (num_pages,), and the page table with their places there, -1 past a row's length."""
@@ -358,7 +391,7 @@ class LayerCache:
 
         Args:
             contents: seen, page_table, key_sum and value_sum as `ops.attention` has them, and key_pages and
-                value_pages, (num_pages, page_size, row width).
+                value_pages, (num_pages, page_size, row width); exact where there are such rows.
         """
         count, device = len(contents["key_pages"]), self.seen.device
         self._pool.take(count)  # 0, 1, ... of an empty pool
@@ -367,6 +400,8 @@ class LayerCache:
         self.seen, self.page_table, self.key_sum, self.value_sum = (
             contents[name].to(device, copy=True) for name in ("seen", "page_table", "key_sum", "value_sum")
         )
+        if "exact" in contents:
+            self.exact = contents["exact"].to(device, copy=True)
         self._pool.share(self._page_ids())
         self._pool.release(np.arange(count))
 

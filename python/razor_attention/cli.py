@@ -284,6 +284,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--prefill", choices=("dense", "streaming"), default="dense", help=text)
     text = "how keys and values are stored: about half or a quarter of 16-bit floats (default: as the model computes)"
     made.add_argument("--kv", choices=("int8", "int4"), help=text)
+    text = "with --kv: first and newest tokens that are also kept as the model computes them (default: 0 0)"
+    made.add_argument("--exact", nargs=2, type=_integer(0), default=(0, 0), metavar=("SINK", "WINDOW"), help=text)
     made.add_argument("--chunk", type=_integer(1), help="tokens of the prompt in one call (default: all)")
     made.add_argument("--compare", action="store_true", help="also generate with the full cache")
 
@@ -308,6 +310,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     names = ["full", "streaming", "random", "razor", "razor-uncompensated"]
     made.add_argument("--methods", nargs="+", default=names, metavar="METHOD", help=text)
+    text = (
+        "formats of the cached rows, of model, int8, int4: each method keeps its plan in all of them (default: model)"
+    )
+    made.add_argument("--kv", nargs="+", default=["model"], metavar="FORMAT", help=text)
     made.add_argument("--samples", type=_integer(1), default=20, help="of each task, length and depth (default: 20)")
     made.add_argument("--seed", type=_integer(0), default=0, help="of the samples (default: 0)")
     made.add_argument("--depths", type=_integer(1), default=5, help="places of the needle (default: 5)")

@@ -185,16 +185,18 @@ def export(arguments: Namespace) -> None:
 
 
 def generate(arguments: Namespace) -> None:
-    """Generate greedily with the plan's cache, and with the full one too to compare."""
+    """Generate greedily with the plan's cache, and with the full one too to compare. Under torchrun each process
+    runs its part of the model, and the first one tells."""
     from . import attach
     from .hf.models import load_model
+    from .hf.parallel import kv_shard
 
     text = arguments.prompt
     if text is None:
         text = sys.stdin.read() if arguments.stdin else arguments.prompt_file.read_text()
     loaded = Plan.load(arguments.plan)
-    model, tokenizer = load_model(arguments.model, "auto")
-    ids = tokenizer(text, return_tensors="pt").input_ids
+    model, tokenizer = load_model(arguments.model, "auto", parallel=True)
+    ids = tokenizer(text, return_tensors="pt").input_ids.to(model.device)
     if ids.shape[1] == 0:
         raise ValueError(f"prompt: expected at least one token, got {text!r}")
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": arguments.max_new_tokens}
@@ -208,17 +210,21 @@ def generate(arguments: Namespace) -> None:
         text = tokenizer.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True)
         return str(text), clock, out.past_key_values
 
-    with attach(model, loaded, prefill=arguments.prefill, kv_dtype=arguments.kv):
+    kept = {"kv_dtype": arguments.kv, "exact_sink": arguments.exact[0], "exact_window": arguments.exact[1]}
+    with attach(model, loaded, prefill=arguments.prefill, **kept):
         answer, clock, cache = run()
-    if arguments.compare:
-        full_answer, full_clock, full = run()
+    full_answer, full_clock, full = run() if arguments.compare else (None, None, None)
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
+    where = " on the first process" if kv_shard(model.config)[1] > 1 else ""
+    if full is not None:
         full_bytes = sum(tensor.nbytes for layer in full.layers for tensor in (layer.keys, layer.values))
-        print(f"{full_answer}\nfull cache: {_size(full_bytes)} of KV; {full_clock}\n")
+        print(f"{full_answer}\nfull cache: {_size(full_bytes)} of KV{where}; {full_clock}\n")
     layer: Any = cache.layers[0].cache
-    tokens, whole = int(layer.seen[0]), Plan.full(loaded.num_layers, loaded.num_kv_heads)
+    tokens, whole = int(layer.seen[0]), Plan.full(cache.plan.num_layers, cache.plan.num_kv_heads)
     full_bytes = whole.kv_bytes(tokens, head_dim=layer.head_dim, dtype=model.dtype)
     share = f"{cache.nbytes / full_bytes:.2f} of the full cache's {_size(full_bytes)}"
-    print(f"{answer}\nrazor: {_size(cache.nbytes)} of KV for {tokens} tokens, {share}; {clock}")
+    print(f"{answer}\nrazor: {_size(cache.nbytes)} of KV for {tokens} tokens{where}, {share}; {clock}")
 
 
 def evaluate(arguments: Namespace) -> None:
@@ -241,7 +247,13 @@ def evaluate(arguments: Namespace) -> None:
 
     policy = {"sink_size": arguments.sink_size, "window_size": arguments.window_size}
     methods = hf_eval.make_methods(
-        arguments.methods, geometry(model.config), model.dtype, scores=scores, gates=_duo_gates, **policy
+        arguments.methods,
+        geometry(model.config),
+        model.dtype,
+        scores=scores,
+        gates=_duo_gates,
+        kv=arguments.kv,
+        **policy,
     )
     settings = hf_eval.Settings(
         tasks=arguments.tasks,

@@ -80,6 +80,9 @@ def _check_cache(
     compensate: Tensor,
     key_sum: Tensor,
     value_sum: Tensor,
+    *,
+    exact: Tensor | None,
+    exact_sink: int,
 ) -> None:
     batch, num_kv_heads, _, head_dim = key.shape
     _expect_dims("key_pages", key_pages, "(num_pages, page_size, head_dim)")
@@ -102,6 +105,15 @@ def _check_cache(
     ):
         _expect_dtype(name, tensor, dtype)
         _expect_shape(name, tensor, shape)
+    if exact is not None:
+        if key_pages.dtype.is_floating_point:
+            got = _dtype_name(key_pages.dtype)
+            raise ValueError(f"exact: expected quantised key_pages beside it, got {got}")
+        _expect_dtype("exact", exact, key.dtype, " like key")
+        _expect_shape("exact", exact, (2, batch * num_kv_heads, None, head_dim))
+    most = 0 if exact is None else exact.shape[2]
+    if not 0 <= exact_sink <= most:
+        raise ValueError(f"exact_sink: expected a value from 0 to {most}, got {exact_sink}")
 
 
 def check_values(
@@ -149,6 +161,8 @@ def check_attention(
     pad: Tensor | None = None,
     scale: float,
     dense: bool = False,
+    exact: Tensor | None = None,
+    exact_sink: int = 0,
 ) -> None:
     """Raise what `attention` would raise for these shapes and dtypes."""
     _expect_dims("query", query, "(batch, num_heads, q_len, head_dim)")
@@ -159,7 +173,7 @@ def check_attention(
     if alibi_slopes is not None:
         _expect_dtype("alibi_slopes", alibi_slopes, torch.float32)
         _expect_shape("alibi_slopes", alibi_slopes, [query.shape[1]])
-    _check_cache(key, *cache)
+    _check_cache(key, *cache, exact=exact, exact_sink=exact_sink)
 
 
 def check_head_scores(query: Tensor, key: Tensor, period: int) -> None:
@@ -217,7 +231,14 @@ def check_slopes_and_bound(slopes: Tensor, bound: Tensor | None) -> None:
             raise ValueError(f"bound: expected finite values >= 0, got {value:g} for head {h}")
 
 
-def check_append(key: Tensor, value: Tensor, *cache: Tensor, pad: Tensor | None = None) -> None:
+def check_append(
+    key: Tensor,
+    value: Tensor,
+    *cache: Tensor,
+    pad: Tensor | None = None,
+    exact: Tensor | None = None,
+    exact_sink: int = 0,
+) -> None:
     """Raise what `append` would raise for these shapes and dtypes."""
     _check_tokens(key, value, pad)
-    _check_cache(key, *cache)
+    _check_cache(key, *cache, exact=exact, exact_sink=exact_sink)

@@ -40,6 +40,8 @@ def attention(
     pad: Tensor | None = None,
     scale: float | None = None,
     dense: bool = False,
+    exact: Tensor | None = None,
+    exact_sink: int = 0,
 ) -> Tensor:
     """Attention of new tokens over a paged, per-head compressed cache and over themselves.
 
@@ -73,6 +75,11 @@ def attention(
         pad: (batch,), int64. Leading new tokens of each sequence that are padding: not read, output zeros.
         scale: factor on q.k before any bias; None: head_dim ** -0.5.
         dense: see above.
+        exact: (2, batch * num_kv_heads, exact_rows, head_dim), dtype of query. Beside a quantised cache: keys and
+            values, as they came, of the first exact_sink tokens and of the newest exact_rows - exact_sink; they are
+            read instead of their codes. Token t is in row t if t < exact_sink, else in row
+            exact_sink + (t - exact_sink) mod (exact_rows - exact_sink). None: the codes of all.
+        exact_sink: tokens.
 
     Returns:
         (batch, num_heads, q_len, head_dim), dtype of query, contiguous.
@@ -99,6 +106,8 @@ def attention(
         pad=pad,
         scale=_scale(query) if scale is None else scale,
         dense=dense,
+        exact=exact,
+        exact_sink=exact_sink,
     )
 
 
@@ -116,6 +125,8 @@ def append(
     value_sum: Tensor,
     *,
     pad: Tensor | None = None,
+    exact: Tensor | None = None,
+    exact_sink: int = 0,
 ) -> None:
     """Store new tokens in the cache by policy: what leaves a window is added to the sums, then `seen` grows.
 
@@ -137,6 +148,8 @@ def append(
         key_sum: (batch * num_kv_heads, head_dim), float32, changed in place.
         value_sum: (batch * num_kv_heads, head_dim), float32, changed in place.
         pad: (batch,), int64. Leading new tokens of each sequence that are padding: not stored.
+        exact: (2, batch * num_kv_heads, exact_rows, head_dim), dtype of key: see `attention`. Changed in place.
+        exact_sink: tokens.
 
     Raises:
         ValueError: page_table: expected at least 3 pages for sequence 0, kv head 1, got 2
@@ -155,6 +168,8 @@ def append(
         key_sum,
         value_sum,
         pad=pad,
+        exact=exact,
+        exact_sink=exact_sink,
     )
 
 
@@ -260,10 +275,10 @@ def _attention_reference(query: Tensor, key: Tensor, value: Tensor, *cache: Tens
     return reference.attention(query, key, value, *cache, **options)  # type: ignore[arg-type]
 
 
-def _append_reference(key: Tensor, value: Tensor, *cache: Tensor, pad: Tensor | None = None) -> None:
-    check_append(key, value, *cache, pad=pad)
+def _append_reference(key: Tensor, value: Tensor, *cache: Tensor, pad: Tensor | None = None, **options: object) -> None:
+    check_append(key, value, *cache, pad=pad, **options)  # type: ignore[arg-type]
     check_values(key, *cache, pad=pad, new_tokens=True)
-    reference.append(key, value, *cache, pad=pad)
+    reference.append(key, value, *cache, pad=pad, **options)  # type: ignore[arg-type]
 
 
 def _head_scores_reference(query: Tensor, key: Tensor, period: int, *, scale: float) -> tuple[Tensor, Tensor]:

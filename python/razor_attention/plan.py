@@ -275,7 +275,15 @@ class Plan:
         return replace(self, window_size=windows, window_fraction=0.0)
 
     def kv_bytes(
-        self, seq_len: int, *, head_dim: int, dtype: torch.dtype | str, batch_size: int = 1, page_size: int = 64
+        self,
+        seq_len: int,
+        *,
+        head_dim: int,
+        dtype: torch.dtype | str,
+        batch_size: int = 1,
+        page_size: int = 64,
+        exact_rows: int = 0,
+        exact_dtype: torch.dtype = torch.bfloat16,
     ) -> int:
         """Bytes of the cache after `seq_len` tokens: whole pages of K and V, and float32 sums of compensating heads.
 
@@ -285,6 +293,8 @@ class Plan:
             seq_len: tokens of each sequence. batch_size: sequences. head_dim: elements of a row.
             dtype: of K and V in the cache: float32, bfloat16, float16, int8 or "int4".
             page_size: rows of a page, a multiple of 16.
+            exact_rows: exact_sink + exact_window of a quantised cache, there from the first token on.
+            exact_dtype: of these rows, the model's.
         Returns:
             Bytes.
         Raises:
@@ -298,7 +308,9 @@ class Plan:
         kept = torch.where(plan.is_full, seq_len, (plan.sink_size.long() + plan.window_size).clamp(max=seq_len))
         pages = int(((kept + page_size - 1) // page_size).sum())
         page_bytes, sum_bytes = 2 * page_size * row_bytes, 2 * head_dim * 4
-        return check_int("batch_size", batch_size, 1) * (pages * page_bytes + int(plan.compensate.sum()) * sum_bytes)
+        exact_bytes = 2 * check_int("exact_rows", exact_rows, 0) * head_dim * exact_dtype.itemsize if seq_len else 0
+        by_head = plan.sink_size.numel() * exact_bytes + int(plan.compensate.sum()) * sum_bytes
+        return check_int("batch_size", batch_size, 1) * (pages * page_bytes + by_head)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """The policy of one layer, copied.
@@ -314,7 +326,7 @@ class Plan:
         return self.sink_size[index].clone(), self.window_size[index].clone(), self.compensate[index].clone()
 
     def select_kv_heads(self, start: int, stop: int) -> "Plan":
-        """The plan of one tensor-parallel rank: kv heads start ... stop - 1 of every layer.
+        """Kv heads start ... stop - 1 of every layer.
 
         Args:
             start, stop: kv heads, 0 <= start < stop <= num_kv_heads.
@@ -327,6 +339,40 @@ class Plan:
         part = (slice(None), slice(start, stop))
         tables = self.sink_size[part], self.window_size[part], self.compensate[part]
         return Plan(*tables, self.window_fraction, self.provenance)
+
+    def shard(self, rank: int, world_size: int) -> "Plan":
+        """The plan of one tensor-parallel rank: of every layer its run of kv heads, runs being equal and in order.
+
+        Args:
+            rank: from 0.
+            world_size: ranks, a divisor of num_kv_heads: no head is cut or copied.
+        Returns:
+            A plan of num_kv_heads / world_size kv heads.
+        Raises:
+            ValueError: world_size: expected a divisor of 8 kv heads, got 3
+        """
+        if self.num_kv_heads % check_int("world_size", world_size, 1):
+            raise ValueError(f"world_size: expected a divisor of {self.num_kv_heads} kv heads, got {world_size}")
+        count = self.num_kv_heads // world_size
+        start = check_int("rank", rank, 0, world_size - 1) * count
+        return self.select_kv_heads(start, start + count)
+
+    def imbalance(
+        self, world_size: int, seq_len: int, *, head_dim: int, dtype: torch.dtype | str, page_size: int = 64
+    ) -> float:
+        """How full the fullest rank's cache is: its bytes over the mean of all ranks. 1 is even, world_size the worst.
+
+        Args:
+            world_size: ranks; see `shard`.
+            seq_len, head_dim, dtype, page_size: see `kv_bytes`.
+        Returns:
+            The ratio; 1 where no rank keeps anything.
+        Raises:
+            ValueError: world_size: expected a divisor of 8 kv heads, got 3
+        """
+        sizes: dict[str, Any] = {"head_dim": head_dim, "dtype": dtype, "page_size": page_size}
+        held = [self.shard(rank, world_size).kv_bytes(seq_len, **sizes) for rank in range(world_size)]
+        return max(held) * world_size / sum(held) if any(held) else 1.0
 
     def check_model(self, num_layers: int, num_kv_heads: int) -> None:
         """Refuse a model of another shape.

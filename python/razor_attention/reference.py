@@ -136,6 +136,15 @@ def _write(pages: Tensor, where: tuple[Tensor, Tensor], rows: Tensor) -> None:
     codes[where], numbers[where] = encode_rows(rows, pages.dtype)
 
 
+def _exact(exact: Tensor, exact_sink: int, seen: int, tokens: list[int]) -> tuple[Tensor, Tensor]:
+    """Which of the tokens have an exact row beside their codes after `seen` tokens: their indices, and these rows."""
+    ring = exact.shape[2] - exact_sink
+    there = set(kept_tokens(seen, exact_sink, ring))
+    found = [(i, row_of_token(t, exact_sink, ring)) for i, t in enumerate(tokens) if t in there]
+    index = torch.tensor(found, dtype=torch.int64, device=exact.device).view(-1, 2)
+    return index[:, 0], index[:, 1]
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -154,6 +163,8 @@ def attention(
     pad: Tensor | None = None,
     scale: float,
     dense: bool = False,
+    exact: Tensor | None = None,
+    exact_sink: int = 0,
 ) -> Tensor:
     """Attention over kept tokens and one row for all dropped ones; see `ops.attention`."""
     num_kv_heads, page_size, head_dim = key.shape[1], key_pages.shape[1], key.shape[3]
@@ -166,23 +177,27 @@ def attention(
             table_row, heads = b * num_kv_heads + h, slice(h * group, (h + 1) * group)
             kept = kept_tokens(past, s, w)
             where = _locate(page_table[table_row], kept, s, w, page_size)
-            k = torch.cat([_read(key_pages, where, head_dim), _double(key[b, h, start:])])  # [kept + N, D]
-            v = torch.cat([_read(value_pages, where, head_dim), _double(value[b, h, start:])])
+            stored_k, stored_v = _read(key_pages, where, head_dim), _read(value_pages, where, head_dim)
+            if exact is not None:
+                index, row = _exact(exact, exact_sink, past, kept)
+                stored_k[index], stored_v[index] = _double(exact[0, table_row, row]), _double(exact[1, table_row, row])
+            k = torch.cat([stored_k, _double(key[b, h, start:])])  # [kept + N, D]
+            v = torch.cat([stored_v, _double(value[b, h, start:])])
             token = torch.cat([torch.tensor(kept, dtype=torch.int64, device=query.device), position])
 
             for first in range(0, len(position), 512):  # blocks of N queries: the whole map would not fit
                 block = slice(start + first, start + first + 512)
                 distance = position[first : first + 512, None] - token  # p - j, [N, kept + N]
                 past_or_self = distance >= 0
-                exact = past_or_self & ((token < s) | (distance < w) | dense)
+                seen_rows = past_or_self & ((token < s) | (distance < w) | dense)
                 q = _double(query[b, heads, block]) * scale  # [G, N, D]
                 logit = q @ k.T
                 if alibi_slopes is not None:
                     logit = logit - _double(alibi_slopes[heads])[:, None, None] * distance
-                logit = logit.masked_fill(~exact, -torch.inf)
+                logit = logit.masked_fill(~seen_rows, -torch.inf)
 
                 if c and w != FULL:
-                    left = (past_or_self & ~exact).to(k.dtype)  # dropped by this query, still at hand
+                    left = (past_or_self & ~seen_rows).to(k.dtype)  # dropped by this query, still at hand
                     count = left.sum(-1) + max(0, past - s - w)  # [N]
                     mean_k = (left @ k + _double(key_sum[table_row])) / count.clamp(min=1)[:, None]  # [N, D]
                     mean_v = (left @ v + _double(value_sum[table_row])) / count.clamp(min=1)[:, None]
@@ -212,6 +227,8 @@ def append(
     value_sum: Tensor,
     *,
     pad: Tensor | None = None,
+    exact: Tensor | None = None,
+    exact_sink: int = 0,
 ) -> None:
     """Store new tokens by policy, adding what leaves a window to the sums; see `ops.append`."""
     num_kv_heads, page_size, head_dim = key.shape[1], key_pages.shape[1], key.shape[3]
@@ -225,14 +242,22 @@ def append(
                 evicted = [t for t in before if t >= s and t < end - w]
                 skipped = torch.arange(max(past, s), max(past, s, end - w), device=key.device) - past + start
                 where = _locate(page_table[table_row], evicted, s, w, page_size)
-                for total, pages, new in ((key_sum, key_pages, key), (value_sum, value_pages, value)):
-                    gone = _read(pages, where, head_dim).sum(0) + _double(new[b, h, skipped]).sum(0)
-                    total[table_row] += gone.float()
+                for side, total, pages, new in ((0, key_sum, key_pages, key), (1, value_sum, value_pages, value)):
+                    rows = _read(pages, where, head_dim)
+                    if exact is not None:
+                        index, row = _exact(exact, exact_sink, past, evicted)
+                        rows[index] = _double(exact[side, table_row, row])
+                    total[table_row] += (rows.sum(0) + _double(new[b, h, skipped]).sum(0)).float()
             stored = [t for t in after if t >= past]
             where = _locate(page_table[table_row], stored, s, w, page_size)
             source = torch.tensor(stored, dtype=torch.int64, device=key.device) - past + start
             _write(key_pages, where, key[b, h, source])
             _write(value_pages, where, value[b, h, source])
+            if exact is not None:
+                newest = [t for t in kept_tokens(end, exact_sink, exact.shape[2] - exact_sink) if t >= past]
+                row = _exact(exact, exact_sink, end, newest)[1]
+                source = torch.tensor(newest, dtype=torch.int64, device=key.device) - past + start
+                exact[0, table_row, row], exact[1, table_row, row] = key[b, h, source], value[b, h, source]
     seen += key.shape[2] if pad is None else key.shape[2] - pad
 
 

@@ -124,7 +124,14 @@ def razor_mask(
 
 @contextmanager
 def attach(
-    model: PreTrainedModel, plan: Plan, *, prefill: Prefill = "dense", kv_dtype: KvDtype = None
+    model: PreTrainedModel,
+    plan: Plan,
+    *,
+    prefill: Prefill = "dense",
+    kv_dtype: KvDtype = None,
+    exact_sink: int = 0,
+    exact_window: int = 0,
+    rotate_keys: bool = False,
 ) -> Iterator[PreTrainedModel]:
     """Inside this context `model.generate(...)` runs with a compressed cache; outside it the model is as before.
 
@@ -137,6 +144,8 @@ def attach(
         plan: policy of every (layer, kv head).
         prefill: "dense" or "streaming", see RazorCache.
         kv_dtype: torch.int8 (or "int8"), "int4" or None, see RazorCache.
+        exact_sink, exact_window: tokens that a quantised cache also keeps as they came, see RazorCache.
+        rotate_keys: see RazorCache.
 
     Raises:
         ValueError: plan: expected 4 layers x 4 kv heads like the model, got 32 x 8
@@ -146,7 +155,9 @@ def attach(
     if not callable(getattr(model, "generate", None)):
         raise TypeError(f"model: expected one that can generate, got {type(model).__name__}")
     # Refuses what it cannot do before the model is touched.
-    RazorCache(model.config, plan, prefill=prefill, kv_dtype=kv_dtype)
+    options: dict[str, Any] = {"prefill": prefill, "kv_dtype": kv_dtype}
+    options |= {"exact_sink": exact_sink, "exact_window": exact_window, "rotate_keys": rotate_keys}
+    RazorCache(model.config, plan, **options)
     had_own = vars(model).get("generate")
     generate: Any = model.generate
 
@@ -163,8 +174,7 @@ def attach(
             prompt_len = prompt.shape[1] if isinstance(prompt, Tensor) else None
             if isinstance(mask, Tensor) and mask.dim() == 2:
                 prompt_len = int(mask.sum(1).max())  # padding is no part of a prompt
-            options: dict[str, Any] = {"prefill": prefill, "prompt_len": prompt_len, "kv_dtype": kv_dtype}
-            kwargs["past_key_values"] = RazorCache(model.config, plan, **options)
+            kwargs["past_key_values"] = RazorCache(model.config, plan, prompt_len=prompt_len, **options)
         return generate(*args, **kwargs)
 
     with switch:

@@ -20,8 +20,8 @@ from ..cache import LayerCache
 from ..checks import check_int, check_kv_dtype
 from ..files import PathLike
 from ..plan import Plan
-from .alibi import model_slopes
-from .models import geometry, text_config
+from .models import geometry
+from .parallel import kv_shard, local_slopes
 from .saved import SavedCache, config_of, read_cache, write_cache
 
 Prefill = Literal["dense", "streaming"]
@@ -142,7 +142,8 @@ class RazorCache(Cache):
 
     Args:
         config: the model's configuration.
-        plan: policy of every (layer, kv head). A length rule that is still open is resolved once, at the first call.
+        plan: policy of every (layer, kv head) of the whole model; under tensor parallelism the cache's own `plan` is
+            what this rank keeps of it. A length rule that is still open is resolved once, at the first call.
         prefill: "dense" (RazorAttention): the tokens of a call of more than one token read all tokens of that call,
             compression begins with what is stored. "streaming" (DuoAttention): every query keeps to its own window,
             so the result does not depend on how the prompt is cut, and prefill time is linear for compressed heads.
@@ -150,6 +151,9 @@ class RazorCache(Cache):
         page_size: tokens in a cache page, a multiple of 16.
         kv_dtype: torch.int8 (or "int8") or "int4": K and V are stored so, in about half or a quarter of 16-bit
             floats' bytes; None: in the model's dtype.
+        exact_sink: first tokens that a quantised cache also keeps and reads as they came.
+        exact_window: newest tokens, likewise.
+        rotate_keys: see LayerCache; worth its products for quantised keys with outlying channels.
 
     Raises:
         ValueError: plan: expected 4 layers x 4 kv heads like the model, got 32 x 8
@@ -167,6 +171,9 @@ class RazorCache(Cache):
         prompt_len: int | None = None,
         page_size: int = 64,
         kv_dtype: KvDtype = None,
+        exact_sink: int = 0,
+        exact_window: int = 0,
+        rotate_keys: bool = False,
     ) -> None:
         if prefill not in ("dense", "streaming"):
             raise ValueError(f"prefill: expected 'dense' or 'streaming', got {prefill!r}")
@@ -176,11 +183,16 @@ class RazorCache(Cache):
             raise ValueError(f"kv_dtype: expected int8, 'int4' or None for the model's own, got {kv_dtype}")
         sizes = geometry(config)
         plan.check_model(sizes.num_layers, sizes.num_kv_heads)
-        self._slopes = model_slopes(text_config(config))  # (num_heads,), float32; None: no ALiBi
+        plan = plan.shard(*kv_shard(config))
+        self._slopes = local_slopes(config)  # (heads of this process,), float32; None: no ALiBi
         self._given = plan if prompt_len is None else plan.resolve(prompt_len)
         self.plan = self._given
         self.page_size = page_size
         self.kv_dtype = kv_dtype
+        most = 0 if kv_dtype is None else 2**31 - 1
+        self.exact_sink = check_int("exact_sink", exact_sink, 0, most)
+        self.exact_window = check_int("exact_window", exact_window, 0, most)
+        self.rotate_keys = rotate_keys
         super().__init__(layers=[RazorLayer(prefill == "dense") for _ in range(sizes.num_layers)])
 
     def update(
@@ -210,6 +222,9 @@ class RazorCache(Cache):
                 device=key_states.device,
                 page_size=self.page_size,
                 alibi_slopes=self._slopes,
+                exact_sink=self.exact_sink,
+                exact_window=self.exact_window,
+                rotate_keys=self.rotate_keys,
             )
             layer.is_initialized = True
         return layer.update(key_states, value_states)
@@ -263,7 +278,8 @@ class RazorCache(Cache):
         prefill = "dense" if self.layers[0].dense else "streaming"
         kv_dtype = None if self.kv_dtype is None else "int4" if self.kv_dtype == "int4" else "int8"
         columns = self.layers[0].columns
-        write_cache(path, SavedCache(self.plan, self._given, prefill, self.page_size, kv_dtype, columns, layers), model)
+        settings = prefill, self.page_size, kv_dtype, self.exact_sink, self.exact_window, self.rotate_keys, columns
+        write_cache(path, SavedCache(self.plan, self._given, *settings, layers), model)
 
     @classmethod
     def load(
@@ -294,7 +310,8 @@ class RazorCache(Cache):
         """
         place = getattr(model, "device", "cpu") if device is None else device
         saved = read_cache(path, model, plan, place)
-        options: dict[str, Any] = {"prefill": saved.prefill, "page_size": saved.page_size, "kv_dtype": saved.kv_dtype}
+        named = ("prefill", "page_size", "kv_dtype", "exact_sink", "exact_window", "rotate_keys")
+        options: dict[str, Any] = {name: getattr(saved, name) for name in named}
         cache = cls(config_of(model), saved.given, **options)
         cache.plan = saved.plan
         for layer, held in zip(cache.layers, saved.layers, strict=True):

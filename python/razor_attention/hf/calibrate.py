@@ -29,6 +29,7 @@ from ..heads import HeadScores, probe_ids
 from .alibi import alibi_architecture
 from .checkpoint import mapped_model, read_config
 from .models import AttentionSwitch, geometry, inside, refuse_unsupported, text_config
+from .parallel import gather_heads, kv_shard
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Probe:
 
     period: int
     progress: Any  # a tqdm bar, one step per layer
-    scores: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # layer -> echo, induction [num_heads]
+    scores: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # layer -> echo, induction [heads here]
 
 
 _running: ContextVar[Probe] = ContextVar("razor_probe")
@@ -108,7 +109,8 @@ def find_heads(
         progress: show a progress bar.
 
     Returns:
-        Scores of all layers, with the provenance that a plan made from them carries on.
+        Scores of all layers, with the provenance that a plan made from them carries on. Under tensor parallelism every
+        rank gets those of all heads.
 
     Raises:
         NotImplementedError: model: expected one that uses AttentionInterface, got CodeGenForCausalLM
@@ -126,7 +128,7 @@ def find_heads(
     config = text_config(model.config)
     _refuse_alibi(config)
     switch = AttentionSwitch(model, "razor_probe")
-    sizes = geometry(model.config)
+    sizes, (rank, _) = geometry(model.config), kv_shard(model.config)
     if vocabulary is None:
         special = set(tokenizer.all_special_ids)
         vocabulary = [i for i in range(min(len(tokenizer), config.vocab_size)) if i not in special]
@@ -141,7 +143,7 @@ def find_heads(
             f"period * repeats: expected at most {longest - 1} tokens for this model, got {len(ids) - 1}", stacklevel=2
         )
 
-    with switch, tqdm(total=sizes.num_layers, desc="find_heads", unit="layer", disable=not progress) as bar:
+    with switch, tqdm(total=sizes.num_layers, desc="find_heads", unit="layer", disable=not progress or rank > 0) as bar:
         probe = Probe(period, bar)
         token = _running.set(probe)
         try:
@@ -156,7 +158,8 @@ def find_heads(
     if missing:
         raise NotImplementedError(f"model: expected {sizes.num_layers} attention layers, got none for layers {missing}")
     echo, induction = (
-        torch.stack(side) for side in zip(*(probe.scores[i] for i in range(sizes.num_layers)), strict=True)
+        gather_heads(model, torch.stack(side))
+        for side in zip(*(probe.scores[i] for i in range(sizes.num_layers)), strict=True)
     )
     return HeadScores(
         echo=echo,

@@ -86,11 +86,11 @@ def _falcon(
     **options: Any,
 ) -> tuple[Tensor, Any]:
     fused = module.query_key_value(hidden_states).unflatten(-1, (-1, module.head_dim))
-    num_kv_heads = (fused.shape[2] - module.num_heads) // 2
+    row = alibi_architecture(module.config)
+    assert row is not None  # has_forward has looked
+    group = module.num_heads // row.num_kv_heads(module.config, module.num_heads)
     # Each kv head's group of queries, its key and its value, in all three of Falcon's layouts.
-    query, key, value = (
-        fused.unflatten(2, (num_kv_heads, -1)).transpose(1, 2).split([module.num_heads // num_kv_heads, 1, 1], 3)
-    )
+    query, key, value = fused.unflatten(2, (-1, group + 2)).transpose(1, 2).split([group, 1, 1], 3)
     query = query.transpose(2, 3).flatten(1, 2)
     scaling, dropout = module.inv_norm_factor, module.attention_dropout.p
     for option in ("position_ids", "position_embeddings"):  # for rotary models

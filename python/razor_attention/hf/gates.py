@@ -31,6 +31,7 @@ from .. import files
 from ..checks import check_int
 from .alibi import model_slopes
 from .models import AttentionSwitch, geometry, refuse_unsupported, text_config
+from .parallel import kv_shard
 from .passkeys import passkey_samples
 
 _BLOCK = 256  # queries at a time in the windowed half, or a window of them where that is more
@@ -126,6 +127,11 @@ def train_gates(
     if model_slopes(config) is not None:
         raise NotImplementedError(
             f"model: expected one with rotary positions, got {config.model_type}, which uses ALiBi"
+        )
+    if kv_shard(model.config) != (0, 1):
+        raise NotImplementedError(
+            "model: expected all kv heads in one process to train their gates, got a tensor-parallel model; train "
+            "without torchrun: a plan made from the gates is cut for every rank"
         )
     state = _State.begin(torch.ones(sizes.num_layers, sizes.num_kv_heads), settings)
     if checkpoint is not None and Path(checkpoint).exists():

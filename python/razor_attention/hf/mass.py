@@ -13,8 +13,9 @@ from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from ..alibi import attend_and_measure
-from .alibi import model_slopes, not_alibi
+from .alibi import not_alibi
 from .models import AttentionSwitch, geometry, inside, refuse_unsupported, text_config
+from .parallel import gather_heads, local_slopes
 
 
 @torch.no_grad()
@@ -45,7 +46,7 @@ def dropped_mass(model: PreTrainedModel, ids: Tensor, *, progress: bool = True) 
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a transformers model to run, got {type(model).__name__}")
     config = text_config(model.config)
-    if (slopes := model_slopes(config)) is None:
+    if (slopes := local_slopes(model.config)) is None:
         raise not_alibi(config)
     if not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size:
         raise ValueError(f"ids: expected values from 0 to {config.vocab_size - 1}, got {ids.min()} to {ids.max()}")
@@ -59,15 +60,15 @@ def dropped_mass(model: PreTrainedModel, ids: Tensor, *, progress: bool = True) 
             decoder(input_ids=ids.to(model.device), use_cache=False)
         finally:
             _running.reset(token)
-    return torch.stack([measured[layer] for layer in range(sizes.num_layers)])
+    return gather_heads(model, torch.stack([measured[layer] for layer in range(sizes.num_layers)]))
 
 
 @dataclass(frozen=True)
 class _Measure:
     """What the attention function below needs and collects."""
 
-    slopes: Tensor  # (num_heads,), float32
-    mass: dict[int, Tensor]  # layer -> (num_heads, tokens + 1), float32
+    slopes: Tensor  # (heads of this process,), float32
+    mass: dict[int, Tensor]  # layer -> (heads of this process, tokens + 1), float32
     progress: Any
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.distributed import is_torchelastic_launched
 from transformers import (
     MODEL_MAPPING,
     AutoConfig,
@@ -21,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from .alibi import alibi_architecture
 from .forwards import has_forward, replaced_forwards
@@ -92,15 +94,23 @@ def load_geometry(folder: Path) -> tuple[Geometry, torch.dtype]:
     return geometry(config), getattr(text_config(config), "dtype", None) or torch.float32
 
 
-def load_model(folder: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(folder: Path, dtype: str, *, parallel: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a local checkpoint, ready to generate; nothing is fetched.
+
+    Args:
+        folder: of the checkpoint.
+        dtype: of the weights, such as "bfloat16" or "auto".
+        parallel: under torchrun each process gets its part of the model (tensor parallelism).
 
     Raises:
         ValueError: MODEL: expected a model and its tokenizer in my-model, got ...
     """
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    if parallel and is_torchelastic_launched():
+        options["distributed_config"] = DistributedConfig(tp_plan="auto")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"MODEL: expected a model and its tokenizer in {folder}, got {error}") from error
     model.eval()  # type: ignore[no-untyped-call]

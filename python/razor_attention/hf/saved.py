@@ -31,9 +31,11 @@ from ..plan import Plan
 from ..reference import row_width
 from .alibi import model_slopes
 from .models import geometry, text_config
+from .parallel import kv_shard
 
 _FORMAT, _VERSION = "razor-attention cache", "1"  # another version wherever the bytes of a page mean something else
-_KEYS = ("plan", "given", "model", "weights", "prefill", "page_size", "kv_dtype", "columns")
+_KEYS = ("plan", "given", "model", "weights", "prefill", "page_size", "kv_dtype",
+         "exact_sink", "exact_window", "rotate_keys", "columns")  # fmt: skip
 _NAMES = {torch.int64: "I64", torch.int32: "I32", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
           torch.int8: "I8", torch.uint8: "U8"}  # fmt: skip
 _CHUNK = 16 << 20  # bytes
@@ -49,6 +51,9 @@ class SavedCache:
     prefill: str
     page_size: int
     kv_dtype: str | None  # int8, int4 or None
+    exact_sink: int  # tokens
+    exact_window: int
+    rotate_keys: bool
     columns: int  # tokens of the longest sequence, padding counted
     layers: list[LayerCache]
 
@@ -57,7 +62,8 @@ def write_cache(path: PathLike, saved: SavedCache, model: PreTrainedModel | PreT
     """Write a cache, atomically; pages are copied some at a time."""
     config, weights = _describe(model)
     values = [_plan_values(saved.plan), _plan_values(saved.given), config, weights,
-              saved.prefill, saved.page_size, saved.kv_dtype, saved.columns]  # fmt: skip
+              saved.prefill, saved.page_size, saved.kv_dtype,
+              saved.exact_sink, saved.exact_window, saved.rotate_keys, saved.columns]  # fmt: skip
     metadata = {"format": _FORMAT, "version": _VERSION}
     metadata |= {key: json.dumps(value) for key, value in zip(_KEYS, values, strict=True)}
     parts = [part for i, layer in enumerate(saved.layers) for part in _parts(f"layers.{i}.", layer)]
@@ -99,7 +105,9 @@ def read_cache(
             values = _values(path, metadata)
             own, given = _check_plan(path, values, plan)
             _check_model(path, values, model)
-            wanted_names = {f"layers.{i}.{name}" for i in range(own.num_layers) for name in _TENSORS} | {"checksum"}
+            exact = {name: values[name] for name in ("exact_sink", "exact_window")}
+            held = (*_TENSORS, "exact") if sum(exact.values()) else _TENSORS
+            wanted_names = {f"layers.{i}.{name}" for i in range(own.num_layers) for name in held} | {"checksum"}
             if odd := sorted(names ^ wanted_names):
                 has = "without it" if odd[0] in wanted_names else "with it"
                 wanted = "the tensor" if odd[0] in wanted_names else "no tensor"
@@ -107,16 +115,17 @@ def read_cache(
             slopes, head_dim = model_slopes(text_config(config_of(model))), geometry(config_of(model)).head_dim
             layers: list[LayerCache] = []
             for i in range(own.num_layers):
-                tensors = {name: file.get_tensor(f"layers.{i}.{name}") for name in _TENSORS}
+                tensors = {name: file.get_tensor(f"layers.{i}.{name}") for name in held}
                 seen = layers[0].seen.tolist() if layers else None
                 stored = _check_layer(f"{path}: layers.{i}", tensors, own.layer(i), values, head_dim, seen)
                 sizes = {"batch_size": len(tensors["seen"]), "head_dim": head_dim, "page_size": values["page_size"]}
+                sizes |= exact | {"rotate_keys": values["rotate_keys"]}
                 kv_dtype = "int4" if stored == torch.uint8 else stored
                 layers.append(LayerCache(*own.layer(i), dtype=kv_dtype, device=device, alibi_slopes=slopes, **sizes))
                 layers[-1]._fill(tensors)
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a safetensors file, got {error}") from error
-    settings = {key: values[key] for key in ("prefill", "page_size", "kv_dtype", "columns")}
+    settings = {key: values[key] for key in ("prefill", "page_size", "kv_dtype", "rotate_keys", "columns")} | exact
     return SavedCache(plan=own, given=given, layers=layers, **settings)
 
 
@@ -148,7 +157,7 @@ class _Part:
 def _parts(prefix: str, layer: LayerCache) -> Iterator[_Part]:
     ids, page_table = layer._compact()
     pages = torch.from_numpy(ids).to(layer.seen.device)
-    for name in _TENSORS:
+    for name in (*_TENSORS, *(() if layer.exact is None else ("exact",))):
         source = page_table if name == "page_table" else getattr(layer, name)
         yield _Part(prefix + name, source, pages if name.endswith("_pages") else None)
 
@@ -190,9 +199,15 @@ def _values(path: PathLike, metadata: dict[str, str]) -> dict[str, Any]:
         if check_int("page_size", values["page_size"], 16) % 16:
             raise ValueError(f"page_size: expected a multiple of 16, got {values['page_size']}")
         check_int("columns", values["columns"], 0)
+        most = 0 if values["kv_dtype"] is None else 2**31 - 1
+        (
+            check_int("exact_sink", values["exact_sink"], 0, most),
+            check_int("exact_window", values["exact_window"], 0, most),
+        )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
-    for key, known in (("prefill", ("dense", "streaming")), ("kv_dtype", (None, "int8", "int4"))):
+    for key, known in (("prefill", ("dense", "streaming")), ("kv_dtype", (None, "int8", "int4")),
+                       ("rotate_keys", (False, True))):  # fmt: skip
         if values[key] not in known:
             raise ValueError(f"{path}: expected {key} {' or '.join(map(repr, known))}, got {short(values[key])}")
     return values
@@ -234,6 +249,8 @@ def config_of(model: PreTrainedModel | PreTrainedConfig) -> PreTrainedConfig:
 
 def _describe(model: PreTrainedModel | PreTrainedConfig) -> tuple[dict[str, Any], str | None]:
     """What tells a model from others: sizes, vocabulary and positions, and a digest of its weights if it has them."""
+    if (ranks := kv_shard(config_of(model))[1]) > 1:
+        raise NotImplementedError(f"model: expected one process, got {ranks} ranks, each with a part of every cache")
     text, sizes = text_config(config_of(model)), geometry(config_of(model))
     facts = {name: getattr(text, name, None) for name in ("model_type", "hidden_size", "vocab_size", "rope_parameters")}
     facts |= {name: getattr(sizes, name) for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim")}
@@ -285,7 +302,7 @@ def _check_layer(
             raise ValueError(f"{where}.{name}: expected {wanted}, got {got}")
 
     stored, batch = tensors["key_pages"].dtype, tensors["seen"].numel()
-    kinds = [torch.float32, torch.bfloat16, torch.float16]
+    kinds = kinds_of_rows = [torch.float32, torch.bfloat16, torch.float16]
     if values["kv_dtype"] is not None:
         kinds = [check_kv_dtype("kv_dtype", values["kv_dtype"])]
     expect("key_pages", stored in kinds, f"dtype {' or '.join(map(str, kinds))}", stored)
@@ -299,6 +316,11 @@ def _check_layer(
     forms: dict[str, tuple[torch.dtype, list[int]]] = dict(
         zip(_TENSORS, [(torch.int64, [batch]), table, sums, sums, page, page], strict=True)
     )
+    if "exact" in tensors:
+        exact_dtype = tensors["exact"].dtype
+        expect("exact", exact_dtype in kinds_of_rows, f"dtype {' or '.join(map(str, kinds_of_rows))}", exact_dtype)
+        rows_beside = values["exact_sink"] + values["exact_window"]
+        forms["exact"] = (exact_dtype, [2, batch * heads, rows_beside, head_dim])
     for name, form in forms.items():
         got = tensors[name].dtype, list(tensors[name].shape)
         expect(name, got == form, "{} {}".format(*form), "{} {}".format(*got))

@@ -218,7 +218,7 @@ class _Parts(NamedTuple):
                 if shared and prefix is None:
                     prefix = read_prefix(self.model, context)
                     begin += prefix.seconds
-                with Reader(self.model, way, self.settings.prefill) as reader:
+                with Reader(self.model, way, self.settings.prefill, method.kv_dtype) as reader:
                     if joined:
                         logits = reader.read([*context, *asked])
                     else:

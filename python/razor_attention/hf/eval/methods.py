@@ -18,10 +18,12 @@ from torch import Tensor
 
 from ...heads import HeadScores
 from ...plan import Plan
+from ..cache import KvDtype
 from ..models import Geometry
 from .reader import PAGE_SIZE, Press, Way
 
 RANDOM_SEEDS = (0, 1, 2)
+KV: dict[str, KvDtype] = {"model": None, "int8": "int8", "int4": "int4"}
 PRESSES = {"snapkv": "SnapKVPress", "expected-attention": "ExpectedAttentionPress"}
 ECHO_SHARES = {"razor": 1 / 15, "razor-echo": 1.0, "razor-induction": 0.0}
 NAMES = (
@@ -47,12 +49,14 @@ class Method:
             dropped) -> how to keep the cache.
         budgeted: whether the share makes a difference.
         sees_question: whether the question is read together with the context, before anything is dropped.
+        kv_dtype: of a RazorCache, which holds less than the budget where it is quantised.
     """
 
     name: str
     way: Callable[[int, float, int], Way]
     budgeted: bool = True
     sees_question: bool = False
+    kv_dtype: KvDtype = None
 
 
 def widen(plan: Plan, budget: float, length: int, dtype: torch.dtype) -> Plan:
@@ -102,6 +106,7 @@ def make_methods(
     gates: Callable[[str], Gates],
     sink_size: int = 4,
     window_size: int = 60,
+    kv: Sequence[str] = ("model",),
 ) -> list[Method]:
     """Methods by name.
 
@@ -112,8 +117,9 @@ def make_methods(
         gates: folder -> DuoAttention's gates, sinks and window.
         sink_size: first tokens kept by heads that are not full.
         window_size: last tokens that the budget leaves them before it makes heads full; `duo` has its own sizes.
+        kv: of KV, formats to store each method's plan in, which is the same in all; none for kvpress' methods.
     Returns:
-        The methods in the order of the names.
+        The methods in the order of the names, each in the order of the formats.
     Raises:
         ValueError: methods: expected some of full, streaming, ..., got 'h2o'
     """
@@ -175,4 +181,14 @@ def make_methods(
             return [Method(name, way, sees_question=sees)]
         raise ValueError(f"methods: expected some of {', '.join(NAMES)}, got {name!r}")
 
-    return [method for name in names for method in make(name)]
+    def stored(method: Method, name: str) -> Method:
+        if name not in KV:
+            raise ValueError(f"kv: expected some of {', '.join(KV)}, got {name!r}")
+        if name == "model":
+            return method
+        if method.name.removesuffix("-asked") in PRESSES:
+            raise ValueError(f"kv: expected model for {method.name}, which has no quantised cache, got {name}")
+        way = (lambda *_: Plan.full(*shape)) if method.name == "full" else method.way
+        return replace(method, name=f"{method.name}, {name}", way=way, kv_dtype=KV[name])
+
+    return [stored(method, one) for name in names for method in make(name) for one in kv]

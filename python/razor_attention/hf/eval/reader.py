@@ -22,7 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ...plan import Plan
 from ..attention import attach
-from ..cache import Prefill, RazorCache, cache_bytes
+from ..cache import KvDtype, Prefill, RazorCache, cache_bytes
 
 PAGE_SIZE = 16  # the smallest, so that budgets are met closely
 Way: TypeAlias = "Plan | Press | Callable[[PreTrainedModel], AbstractContextManager[object]] | None"
@@ -52,11 +52,12 @@ class Reader:
         model: a causal language model.
         way: how the cache is kept. None: transformers' DynamicCache; a function: the same, read inside the context that
             it returns. A Press sees the tokens of the first `read`.
-        prefill: of a RazorCache.
+        prefill, kv_dtype: of a RazorCache.
     """
 
-    def __init__(self, model: PreTrainedModel, way: Way, prefill: Prefill = "dense") -> None:
-        self.model, self.way, self.prefill = model, way, prefill
+    def __init__(self, model: PreTrainedModel, way: Way, prefill: Prefill = "dense", kv_dtype: KvDtype = None) -> None:
+        self.model, self.way = model, way
+        self._options: dict[str, Any] = {"prefill": prefill, "kv_dtype": kv_dtype}
         self.seen = 0
         parameters = inspect.signature(model.forward).parameters
         self._keeps = "logits_to_keep" in parameters
@@ -66,8 +67,8 @@ class Reader:
             stack.enter_context(torch.no_grad())
             self.cache: Any = DynamicCache(config=self.model.config)
             if isinstance(self.way, Plan):
-                stack.enter_context(attach(self.model, self.way, prefill=self.prefill))
-                self.cache = RazorCache(self.model.config, self.way, prefill=self.prefill, page_size=PAGE_SIZE)
+                stack.enter_context(attach(self.model, self.way, **self._options))
+                self.cache = RazorCache(self.model.config, self.way, page_size=PAGE_SIZE, **self._options)
             elif callable(self.way):
                 stack.enter_context(self.way(self.model))
             self._stack = stack.pop_all()
