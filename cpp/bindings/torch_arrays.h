@@ -42,4 +42,23 @@ Array described(const char* name, const Tensor& t) {
           .strides = t.strides().data()};
 }
 
+// The cache's tensors in the order of the schemas, each by `array(name, tensor)`.
+template <class Describe, class Tensor>
+CacheArrays cache_arrays(Describe array, const Tensor& key_pages, const Tensor& value_pages, const Tensor& page_table,
+                         const Tensor& seen, const Tensor& sink_size, const Tensor& window_size,
+                         const Tensor& compensate, const Tensor& key_sum, const Tensor& value_sum,
+                         const std::optional<Tensor>& exact, int64_t exact_sink) {
+  return {array("key_pages", key_pages),
+          array("value_pages", value_pages),
+          array("page_table", page_table),
+          array("seen", seen),
+          array("sink_size", sink_size),
+          array("window_size", window_size),
+          array("compensate", compensate),
+          array("key_sum", key_sum),
+          array("value_sum", value_sum),
+          array("exact", exact),
+          exact_sink};
+}
+
 }  // namespace razor::bindings

@@ -33,6 +33,8 @@ std::optional<Array> array(const char* name, const std::optional<Tensor>& t) {
   return t ? std::optional(array(name, *t)) : std::nullopt;
 }
 
+constexpr auto to_array = [](const char* name, const auto& tensor) { return array(name, tensor); };
+
 // Errors of ours are ValueError in Python.
 template <class Body>
 auto checked(Body body) {
@@ -97,17 +99,9 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, co
   refuse_quantised("attention", key_pages);
   const c10_npu::NPUGuard guard(query.device());
   return checked([&] {
-    const CacheArrays cache{array("key_pages", key_pages),
-                            array("value_pages", value_pages),
-                            array("page_table", page_table),
-                            array("seen", seen),
-                            array("sink_size", sink_size),
-                            array("window_size", window_size),
-                            array("compensate", compensate),
-                            array("key_sum", key_sum),
-                            array("value_sum", value_sum),
-                            array("exact", exact),
-                            exact_sink};
+    const CacheArrays cache =
+        razor::bindings::cache_arrays(to_array, key_pages, value_pages, page_table, seen, sink_size, window_size,
+                                      compensate, key_sum, value_sum, exact, exact_sink);
     razor::AttentionParams params =
         razor::bindings::attention_params(array("query", query), array("key", key), array("value", value), cache,
                                           array("alibi_slopes", alibi_slopes), array("pad", pad), scale, dense);
@@ -147,17 +141,9 @@ void append(const Tensor& key, const Tensor& value, const Tensor& key_pages, con
   refuse_quantised("append", key_pages);
   const c10_npu::NPUGuard guard(key.device());
   checked([&] {
-    const CacheArrays arrays{array("key_pages", key_pages),
-                             array("value_pages", value_pages),
-                             array("page_table", page_table),
-                             array("seen", seen),
-                             array("sink_size", sink_size),
-                             array("window_size", window_size),
-                             array("compensate", compensate),
-                             array("key_sum", key_sum),
-                             array("value_sum", value_sum),
-                             array("exact", exact),
-                             exact_sink};
+    const CacheArrays arrays =
+        razor::bindings::cache_arrays(to_array, key_pages, value_pages, page_table, seen, sink_size, window_size,
+                                      compensate, key_sum, value_sum, exact, exact_sink);
     const Array keys = array("key", key);
     const razor::NewTokens tokens = razor::bindings::new_tokens(keys, array("value", value), array("pad", pad));
     const razor::KvCacheView cache = razor::bindings::cache_view(arrays, keys);

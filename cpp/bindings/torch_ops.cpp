@@ -32,6 +32,8 @@ std::optional<Array> array(const char* name, const std::optional<Tensor>& t) {
   return t ? std::optional(array(name, *t)) : std::nullopt;
 }
 
+constexpr auto to_array = [](const char* name, const auto& tensor) { return array(name, tensor); };
+
 // Contiguous, of the dtype and device of `like`, not initialised. torch::stable::new_empty looks its operator up by
 // name at every call, which costs as much as a third of a short attention call.
 Tensor result_like(const Tensor& like) {
@@ -56,17 +58,9 @@ Tensor attention(Tensor query, Tensor key, Tensor value, Tensor key_pages, Tenso
                  Tensor seen, Tensor sink_size, Tensor window_size, Tensor compensate, Tensor key_sum, Tensor value_sum,
                  std::optional<Tensor> alibi_slopes, std::optional<Tensor> pad, double scale, bool dense,
                  std::optional<Tensor> exact, int64_t exact_sink) {
-  const CacheArrays cache{array("key_pages", key_pages),
-                          array("value_pages", value_pages),
-                          array("page_table", page_table),
-                          array("seen", seen),
-                          array("sink_size", sink_size),
-                          array("window_size", window_size),
-                          array("compensate", compensate),
-                          array("key_sum", key_sum),
-                          array("value_sum", value_sum),
-                          array("exact", exact),
-                          exact_sink};
+  const CacheArrays cache =
+      razor::bindings::cache_arrays(to_array, key_pages, value_pages, page_table, seen, sink_size, window_size,
+                                    compensate, key_sum, value_sum, exact, exact_sink);
   razor::AttentionParams params =
       razor::bindings::attention_params(array("query", query), array("key", key), array("value", value), cache,
                                         array("alibi_slopes", alibi_slopes), array("pad", pad), scale, dense);
@@ -79,17 +73,9 @@ Tensor attention(Tensor query, Tensor key, Tensor value, Tensor key_pages, Tenso
 void append(Tensor key, Tensor value, Tensor key_pages, Tensor value_pages, Tensor page_table, Tensor seen,
             Tensor sink_size, Tensor window_size, Tensor compensate, Tensor key_sum, Tensor value_sum,
             std::optional<Tensor> pad, std::optional<Tensor> exact, int64_t exact_sink) {
-  const CacheArrays cache{array("key_pages", key_pages),
-                          array("value_pages", value_pages),
-                          array("page_table", page_table),
-                          array("seen", seen),
-                          array("sink_size", sink_size),
-                          array("window_size", window_size),
-                          array("compensate", compensate),
-                          array("key_sum", key_sum),
-                          array("value_sum", value_sum),
-                          array("exact", exact),
-                          exact_sink};
+  const CacheArrays cache =
+      razor::bindings::cache_arrays(to_array, key_pages, value_pages, page_table, seen, sink_size, window_size,
+                                    compensate, key_sum, value_sum, exact, exact_sink);
   const Array keys = array("key", key);
   const razor::NewTokens tokens = razor::bindings::new_tokens(keys, array("value", value), array("pad", pad));
   razor::append(razor::bindings::cache_view(cache, keys), tokens, torch_parallel_for_razor);

@@ -5,7 +5,7 @@
 // tile of logits is [16 keys, query rows], for keys are the side that memory holds line by line. Probabilities are
 // split, p = high + low, into two bf16 numbers (an error of 2^-17 of p at most); values are interleaved in pairs of
 // keys. Every run is summed into zeroed tiles and added once to the state.
-// Short runs, other formats and head dims that are no multiple of 32 go to decode_bf16-inl.h.
+// Short runs, other formats and head dims that are no multiple of 32 go to decode-inl.h.
 
 namespace razor::cpu::RAZOR_ISA_NAMESPACE {
 namespace {
@@ -218,25 +218,27 @@ inline void decode_run(const DecodeTask& task, const DecodeRun& run, const Decod
   // Portions of the next run: a quarter goes with the values being interleaved, as much with keys that are decoded, the
   // rest with the products.
   const int64_t bytes = row_bytes(task.format, coded ? task.codes : KvCodes::kNone, head_dim).all();
-  const int64_t all = 2 * kTileColumns * bytes / kLineBytes, quarter = all / 4 / (kTileColumns / 2) + 1;
+  const int64_t all = 2 * kTileColumns * bytes / kLineBytes, quarter = all / 4;
   const int64_t lines = all * (coded ? 2 : 3) / 4 / (blocks * 3 * (head_dim / kLineElements)) + 1;
   if (scaled) __builtin_memset(buffers.key_scale, 0, 2 * kTileColumns * sizeof(float));
 
   // Without work for some 0.4 us the unit of tiles falls asleep, and its next product takes 0.25 us: measured, int4
   // decodes 33.4 ns a token without these products for nothing and 25.8 with them. int8 is done in less.
   int64_t since = 0;
-  const auto each = [&] {
-    ahead.some(quarter);
+  const int64_t share = (quarter + kTileColumns / 2) / kTileColumns;
+  const auto meanwhile = [&](int64_t rows) {
+    ahead.some(rows * share);
     if (!scaled && ++since % kTileKeys == 0) _tile_dpbf16ps(7, 6, 5);
   };
   const auto* key = static_cast<const uint16_t*>(run.key);
   int64_t stride = run.key_stride;
   if (coded) {
     key = buffers.key, stride = head_dim;
-    bf16_rows_of(run.key, run.key_numbers, run.count, head_dim, task.codes, buffers.key, buffers.key_scale, each);
+    bf16_rows_of(run.key, run.key_numbers, run.count, head_dim, task.codes, buffers.key, buffers.key_scale,
+                 [&] { meanwhile(1); });
   } else {
-    interleave_values(static_cast<const uint16_t*>(run.value), run.value_stride, run.count, head_dim, quarter,
-                      buffers.value, ahead);
+    interleave_values(static_cast<const uint16_t*>(run.value), run.value_stride, run.count, head_dim,
+                      quarter / (kTileColumns / 2), buffers.value, ahead);
   }
   for (int64_t c = 0; tail > 0 && c < kTileKeys; ++c) {
     const uint16_t* from = key + (whole * kTileKeys + c) * stride;
@@ -255,7 +257,8 @@ inline void decode_run(const DecodeTask& task, const DecodeRun& run, const Decod
     }
     asm volatile("" ::: "memory");
     if (coded && row == 0) {  // while the tiles are at work
-      pairs_of(run.value, run.value_numbers, run.count, head_dim, task.codes, buffers.value, buffers.value_scale, each);
+      pairs_of(run.value, run.value_numbers, run.count, head_dim, task.codes, buffers.value, buffers.value_scale,
+               [&] { meanwhile(2); });
     }
     if (scaled) scale_keys<kRows>(buffers.key_scale, keys, buffers.logits);
     const __m512 shrink = tile_softmax<kRows>(task, run, row, buffers.logits);
@@ -281,7 +284,11 @@ inline void decode_tiles(const DecodeTask& task) {
 
 void decode_runs_amx(const DecodeTask& task) {
   const bool fits = task.format == KvFormat::kBF16 && has_bf16_lines(task.head_dim);
-  const auto in_tiles = [&](int64_t i) { return fits && task.runs[i].count * task.rows >= kLeastTileWork; };
+  const auto in_tiles = [&](int64_t i) {
+    const DecodeRun& run = task.runs[i];
+    const bool looked_up = run.key_numbers != nullptr && task.codes == KvCodes::kInt4;  // nowhere faster than here
+    return fits && run.count * task.rows >= (looked_up ? kTileKeys : kLeastTileWork);
+  };
   DecodeTask part = task;
   for (int64_t i = 0; i < task.num_runs; i += part.num_runs) {
     part.runs = task.runs + i;

@@ -40,7 +40,7 @@ inline __m512 spread(const float* x, int64_t rows, float other) {
                               : _mm512_permutexvar_ps(_mm512_and_si512(lane, _mm512_set1_epi32(kRows - 1)), held);
 }
 
-// x[key][row] *= scales[key]; scales up to the padded count are numbers.
+// x[key][row] *= scales[key].
 template <int kRows>
 inline void scale_keys(const float* scales, int64_t count, float* x) {
   constexpr int kKeys = Vec::kLanes / kRows;  // in a vector

@@ -60,13 +60,14 @@ inline __m512i int4_line(const uint8_t* codes, __m512i table) {
   return _mm512_permutexvar_epi16(index, table);
 }
 
-// Rows of bf16 [count, head_dim], and the scales of int8 rows [count]; `each` is called once a row.
+// Rows of bf16 [count, head_dim], and the scales of int8 rows [count], nullable (not wanted); `each` is called once a
+// row.
 template <class Each>
 inline void bf16_rows_of(const void* codes, const void* numbers, int64_t count, int64_t head_dim, KvCodes from,
                          uint16_t* rows, float* scales, const Each& each) {
   const auto* code = static_cast<const uint8_t*>(codes);
   if (from == KvCodes::kInt8) {
-    __builtin_memcpy(scales, numbers, count * sizeof(float));
+    if (scales != nullptr) __builtin_memcpy(scales, numbers, count * sizeof(float));
     for (int64_t i = 0; i < count; ++i, code += head_dim, rows += head_dim) {
       each();
       for (int64_t d = 0; d < head_dim; d += 32) _mm512_storeu_si512(rows + d, int8_line(code + d));
@@ -157,12 +158,12 @@ inline void pairs_of(const void* codes, const void* numbers, int64_t count, int6
     }
     if (i % at_once == 0) decoded.read(word + i * groups * 2, (count - i < at_once ? count - i : at_once) * groups);
     const uint8_t *even = code + i * half, *odd = two ? even + half : even;
-    const int64_t first = i % at_once * groups;
+    const int64_t first = i % at_once * groups, next = two ? groups : 0;
     for (int64_t d = 0; d < half; d += kInt4Group) {
       const int64_t low = first + d / kInt4Group, high = low + groups / 2;
       const __m512i words = int4_words(even + d, odd + d);
-      const __m512i low_pairs = int4_pairs<7>(words, decoded.table(low, low + groups));
-      const __m512i high_pairs = int4_pairs<11>(words, decoded.table(high, high + groups));
+      const __m512i low_pairs = int4_pairs<7>(words, decoded.table(low, low + next));
+      const __m512i high_pairs = int4_pairs<11>(words, decoded.table(high, high + next));
       const __m512i held = _mm512_set1_epi32(two ? -1 : 0xffff);
       _mm512_store_si512(line(i, d), _mm512_and_si512(low_pairs, held));
       _mm512_store_si512(line(i, half + d), _mm512_and_si512(high_pairs, held));
