@@ -36,7 +36,7 @@ def wrong_rows(text: str) -> list[list[str]]:
 
 
 DEMO_RESULTS = files(
-    *(f"bench/results/**/{name}.csv" for name in ("*demo", "methods", "gates", "quantised*", "scale"))
+    *(f"bench/results/**/{name}.csv" for name in ("*demo", "methods", "gates", "quantised*", "scale", "vllm"))
 )  # columns of their own
 RESULTS = [path for path in files("bench/results/**/*.csv") if path not in DEMO_RESULTS]
 
