@@ -37,7 +37,14 @@ CHUNK = 512  # tokens of a prompt that come in one call
 TOLERANCE = 0.02  # of outputs about 1, rounded to bfloat16; SDPA itself is off by half of it
 
 
-def expected(query: Tensor, key: Tensor, value: Tensor, plan: Plan, positions: list[int]) -> Tensor:
+def expected(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Plan,
+    positions: list[int],
+    given: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """The definition, in float32, one query at a time.
 
     Args:
@@ -45,6 +52,8 @@ def expected(query: Tensor, key: Tensor, value: Tensor, plan: Plan, positions: l
         key, value: (1, num_kv_heads, tokens, head_dim).
         plan: of which layer 0 counts.
         positions: tokens whose queries are wanted.
+        given: key and value as they came, where the others are what is stored of them: tokens that the one call before
+            these queries brought and dropped at once enter the mean so. None: the same.
     Returns:
         (1, num_heads, len(positions), head_dim), float32.
     """
@@ -57,6 +66,12 @@ def expected(query: Tensor, key: Tensor, value: Tensor, plan: Plan, positions: l
         for h, (sinks, window, compensate) in enumerate(policies):
             kept = (at < sinks) | (p - at < window)
             k, v = key[0, h, : p + 1].float(), value[0, h, : p + 1].float()
+            if given is not None:
+                skipped = max(sinks, first - window)
+                k, v = (
+                    torch.cat([rows[:sinks], as_given[0, h, sinks:skipped].float(), rows[skipped:]])
+                    for rows, as_given in zip((k, v), given, strict=True)
+                )
             dropped = int((~kept).sum())
             rows, values, bias = k[kept], v[kept], torch.zeros(int(kept.sum()) + 1)
             if compensate and dropped:
@@ -131,7 +146,7 @@ def decode(
         for _ in range(-(-walk_bytes // (rows * stored.row_bytes))):
             caches.append(stored.cache(plan))
             caches[-1].append(key[:, :, :-1], value[:, :, :-1])
-        wanted = expected(query, *after(stored, key, value, 1), plan, [context])
+        wanted = expected(query, *after(stored, key, value, 1), plan, [context], (key, value))
         assert_close(f"decode {name} {label}", attend_op(caches[0], query, *new), wanted, TOLERANCE)
         for cache in caches:  # a pool grows by a quarter at once; a prompt's last page is full here, so it would now
             cache.attend(query, *new)
@@ -163,7 +178,7 @@ def chunk(
     for label, (stored, plan) in stored_plans(layer).items():
         cache = stored.cache(plan)
         cache.append(key[:, :, :-tokens], value[:, :, :-tokens])
-        wanted = expected(query, *after(stored, key, value, tokens), plan, [context + i for i in sample])
+        wanted = expected(query, *after(stored, key, value, tokens), plan, [context + i for i in sample], (key, value))
         assert_close(f"{case}, {label}", attend_op(cache, query, *new)[:, :, sample], wanted, TOLERANCE)
         rivals[f"{label} op"] = lambda cache=cache: attend_op(cache, query, *new)
         rows = rows_read_by_prompt(plan, context + tokens) - rows_read_by_prompt(plan, context)

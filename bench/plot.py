@@ -258,7 +258,9 @@ def main(argv: list[str] | None = None) -> None:
     files = sorted(
         path
         for path in arguments.results.glob("*/*.csv")
-        if not path.name.endswith(("demo.csv", "methods.csv", "gates.csv", "quantised.csv", "answers.csv", "scale.csv"))
+        if not path.name.endswith(
+            ("demo.csv", "methods.csv", "gates.csv", "quantised.csv", "answers.csv", "scale.csv", "vllm.csv")
+        )
     )
     if not files:
         flags.error(f"--results: expected <machine>/<question>.csv in it, got none in {arguments.results}")
