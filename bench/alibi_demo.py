@@ -25,6 +25,7 @@ from razor_attention import Plan, RazorCache, attach, dropped_mass, find_windows
 from razor_attention.alibi import smallest_windows
 from razor_attention.files import save_windows
 from razor_attention.hf.cache import cache_bytes
+from razor_attention.hf.names import CACHE
 
 from .harness import table
 from .plot import plot_windows
@@ -74,7 +75,7 @@ def measure(model: PreTrainedModel, ids: Tensor, plan: Plan | None) -> tuple[Ten
         if plan is not None:
             stack.enter_context(attach(model, plan, prefill="streaming"))
             cache = RazorCache(model.config, plan, prefill="streaming")
-        logits = model(ids, past_key_values=cache, use_cache=True).logits[0, :-1]
+        logits = model(ids, **{CACHE: cache}, use_cache=True).logits[0, :-1]
     return logits.float().log_softmax(-1), cache_bytes(cache)
 
 

@@ -27,6 +27,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from razor_attention import HeadScores, Plan, RazorCache, attach, find_heads
 from razor_attention.files import LayerHeads, merge_heads, save_heads
 from razor_attention.hf.cache import Prefill, cache_bytes
+from razor_attention.hf.names import CACHE
 
 from .harness import table
 from .plot import plot_scores
@@ -175,10 +176,10 @@ def answer(model: PreTrainedModel, ids: Tensor, method: Method) -> None:
             stack.enter_context(attach(model, method.plan, prefill=PREFILL))
             cache = RazorCache(model.config, method.plan, prefill=PREFILL)
         begin = time.perf_counter()
-        tokens = [model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)]
+        tokens = [model(ids, **{CACHE: cache}, logits_to_keep=1).logits[:, -1:].argmax(-1)]
         middle = time.perf_counter()
         while len(tokens) < NEW_TOKENS:
-            tokens.append(model(tokens[-1], past_key_values=cache).logits[:, -1:].argmax(-1))
+            tokens.append(model(tokens[-1], **{CACHE: cache}).logits[:, -1:].argmax(-1))
         end = time.perf_counter()
     method.answers += torch.cat(tokens[:ANSWER_TOKENS], 1).tolist()
     method.prefill_s += middle - begin

@@ -34,6 +34,7 @@ from transformers import DynamicCache
 
 from razor_attention import Plan, RazorCache, attach
 from razor_attention.hf.cache import cache_bytes
+from razor_attention.hf.names import CACHE
 
 from .cases import QUANTISED, rows_read, rows_read_by_prompt
 from .harness import Row, Timing, make_row, measured, parser, report, timing
@@ -83,9 +84,7 @@ class Variant:
         clock = Clock()
         mask = torch.ones_like(self.ids)
         options |= {"do_sample": False, "max_new_tokens": count, "eos_token_id": None, "pad_token_id": 0}
-        self.ids = self.model.generate(
-            self.ids, attention_mask=mask, past_key_values=self.cache, streamer=clock, **options
-        )
+        self.ids = self.model.generate(self.ids, attention_mask=mask, **{CACHE: self.cache}, streamer=clock, **options)
         return clock
 
 
@@ -121,7 +120,7 @@ def prefill(variant: Variant, chunk: int, press: AbstractContextManager[object] 
             begin = time.perf_counter()
             where = torch.arange(variant.ids.shape[1])
             hidden = variant.model.model(
-                variant.ids, past_key_values=variant.cache, use_cache=True, cache_position=where
+                variant.ids, **{CACHE: variant.cache}, use_cache=True, cache_position=where
             ).last_hidden_state
             token = variant.model.lm_head(hidden[:, -1:]).argmax(-1)
             variant.prefill_us = (time.perf_counter() - begin) * 1e6

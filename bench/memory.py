@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from razor_attention import Plan, RazorCache, attach
 from razor_attention.hf.cache import cache_bytes
+from razor_attention.hf.names import CACHE
 
 from .cases import SHARE, random_plan
 from .harness import RESULTS, Row, Timing, append_rows, make_row, table, timing
@@ -118,7 +119,7 @@ def measure(
             return DynamicCache(config=model.config)
 
         def forward(tokens: torch.Tensor, cache: Any) -> None:
-            hidden = model.model(tokens, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+            hidden = model.model(tokens, **{CACHE: cache}, use_cache=cache is not None).last_hidden_state
             model.lm_head(hidden[:, -1])
 
         if variant == "control":  # razor attention would refuse to run without a cache

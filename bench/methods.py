@@ -30,7 +30,8 @@ from razor_attention.files import load_gate_sizes, load_gates
 from razor_attention.hf.eval import Method, Row, Settings, TaskFile, evaluate, make_methods, summary, wilson
 from razor_attention.hf.eval.methods import Gates
 from razor_attention.hf.eval.reader import PAGE_SIZE, Reader
-from razor_attention.hf.models import AttentionSwitch, geometry, load_model
+from razor_attention.hf.models import geometry, load_model
+from razor_attention.hf.switch import AttentionSwitch
 
 from .alibi_demo import MODEL as ALIBI_MODEL
 from .demo import MODEL

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from razor_attention import LayerCache, Plan, RazorCache, attach
 from razor_attention.hf.models import geometry, load_model
+from razor_attention.hf.names import CACHE
 from razor_attention.reference import decode_rows, encode_rows, row_width
 from razor_attention.rotation import rotated_key, rotated_query
 
@@ -226,7 +227,7 @@ def captured(folder: Path, length: int) -> Iterator[tuple[str, str, Rows]]:
             return out
 
         with torch.no_grad(), attach(model, plan), mock.patch.object(LayerCache, "attend", watch):
-            model(torch.tensor([ids]), past_key_values=RazorCache(model.config, plan))
+            model(torch.tensor([ids]), **{CACHE: RazorCache(model.config, plan)})
         for layer, rows in enumerate(seen):
             yield f"{folder.name}, {name}", str(layer), rows
 

@@ -27,6 +27,7 @@ from razor_attention import Plan, RazorCache, attach, dropped_mass, find_heads
 from razor_attention.alibi import smallest_windows
 from razor_attention.files import merge_heads
 from razor_attention.hf.models import geometry, load_model
+from razor_attention.hf.names import CACHE
 
 from .alibi_demo import CALIBRATION_SEED
 from .alibi_demo import MODEL as ALIBI_MODEL
@@ -101,7 +102,7 @@ def make_haystack(tokenizer: PreTrainedTokenizerBase, length: int, seed: int) ->
 def read(model: PreTrainedModel, cache: RazorCache, ids: Sequence[int], piece: int) -> Iterator[Tensor]:
     """Logits (tokens, vocabulary) of every piece; `cache` holds it all afterwards."""
     for start in range(0, len(ids), piece):
-        yield model(torch.tensor([ids[start : start + piece]]), past_key_values=cache).logits[0]
+        yield model(torch.tensor([ids[start : start + piece]]), **{CACHE: cache}).logits[0]
 
 
 def ask(model: PreTrainedModel, cache: RazorCache, given: Haystack, piece: int) -> Outcome:
@@ -110,9 +111,9 @@ def ask(model: PreTrainedModel, cache: RazorCache, given: Haystack, piece: int) 
         pass
     held = cache.nbytes
     cache.batch_repeat_interleave(len(given.questions))
-    said = [model(given.questions, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)]
+    said = [model(given.questions, **{CACHE: cache}, logits_to_keep=1).logits[:, -1:].argmax(-1)]
     while len(said) < ANSWER_TOKENS:
-        said.append(model(said[-1], past_key_values=cache).logits[:, -1:].argmax(-1))
+        said.append(model(said[-1], **{CACHE: cache}).logits[:, -1:].argmax(-1))
     return Outcome((torch.cat(said, 1) == given.answers).all(1), 0.0, 0, held)
 
 

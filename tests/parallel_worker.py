@@ -25,6 +25,7 @@ from transformers.distributed import DistributedConfig
 import tiny_models as tiny
 from razor_attention import FULL, Plan, RazorCache, attach, cli, dropped_mass, find_heads
 from razor_attention.duo import train_gates
+from razor_attention.hf.names import output_cache
 
 SHAPE: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64}
 GATHERED = {f"model.layers.*.self_attn.{name}_proj": "colwise_gather_output" for name in "qkv"}
@@ -119,7 +120,7 @@ def results(models: Callable[[str], PreTrainedModel], folder: Path) -> dict[str,
     for case, (name, plan, how) in CASES.items():
         with attach(models(name), plan, **how) as model:
             out = model.generate(ids, return_dict_in_generate=True, **options)
-        found[case] = out.sequences[:, ids.shape[1] :], out.past_key_values.nbytes
+        found[case] = out.sequences[:, ids.shape[1] :], output_cache(out).nbytes
     llama = models("llama")
     found["stock"] = tiny.answer(llama, ids, mask)
     with attach(llama, MIXED):

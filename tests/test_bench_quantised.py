@@ -10,6 +10,7 @@ from razor_attention.bench.questions import build_tokenizer
 
 from razor_attention import RazorCache, attach
 from razor_attention.hf.models import load_model
+from razor_attention.hf.names import CACHE
 
 ROWS = torch.randn(2, 50, 128, generator=torch.Generator().manual_seed(0)) * 3 + 1
 
@@ -117,7 +118,7 @@ def test_answers_and_recited_words(alibi):
         for piece in (100, 300):
             found = quantised_answers.recite(model, RazorCache(model.config, plan), ids, [350, 500, 599], piece)
             assert found.tokens == 599 - piece
-            logits = model(torch.tensor([ids]), past_key_values=RazorCache(model.config, plan)).logits[0, :-1]
+            logits = model(torch.tensor([ids]), **{CACHE: RazorCache(model.config, plan)}).logits[0, :-1]
             wanted = torch.tensor(ids[1:])
             loss = torch.nn.functional.cross_entropy(logits[piece:], wanted[piece:], reduction="sum")
             assert found.loss == pytest.approx(float(loss), rel=1e-4)

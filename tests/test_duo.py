@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from razor_attention import Plan, RazorCache, attach, duo, files
+from razor_attention.hf.names import CACHE, output_cache
 from tiny_models import (
     FULL_PLAN,
     KV_HEADS,
@@ -273,9 +274,9 @@ def test_quick_start_frees_memory(tmp_path, pattern):
     )
     assert out.sequences.shape == (1, 908)
     plan = Plan.from_gates(GATES, sparsity=0.5)
-    assert out.past_key_values.plan == plan
-    assert out.past_key_values.nbytes == bytes_of(plan, [907], torch.bfloat16)
-    assert out.past_key_values.nbytes < 0.72 * bytes_of(FULL_PLAN, [907], torch.bfloat16)
+    assert output_cache(out).plan == plan
+    assert output_cache(out).nbytes == bytes_of(plan, [907], torch.bfloat16)
+    assert output_cache(out).nbytes < 0.72 * bytes_of(FULL_PLAN, [907], torch.bfloat16)
     duo.disable_duo_attention_eval(model)
     assert model.config._attn_implementation == "eager"
 
@@ -315,17 +316,17 @@ def test_calls_without_a_cache_start_one(llama):
     ids, _ = prompts(70)
     heads = torch.tensor([[1, 0, 0], [0, 1, 0]])
     duo.enable_duo_attention_eval(llama, heads, SINKS, WINDOW)
-    past_key_values, logits = None, []
+    cache, logits = None, []
     for chunk in (*ids[:, :60].split(30, 1), *ids[:, 60:].split(1, 1)):
-        out = llama(chunk, past_key_values=past_key_values, use_cache=True)
-        past_key_values = out.past_key_values
+        out = llama(chunk, **{CACHE: cache}, use_cache=True)
+        cache = output_cache(out)
         logits.append(out.logits)
-    assert isinstance(past_key_values, RazorCache)
+    assert isinstance(cache, RazorCache)
     plan = Plan.from_gates(heads.double(), threshold=0.5, sink_size=SINKS, window_size=WINDOW)
-    assert past_key_values.nbytes == bytes_of(plan, [70], torch.float32)
+    assert cache.nbytes == bytes_of(plan, [70], torch.float32)
     once = llama(ids)  # no chunks: the same result
     torch.testing.assert_close(torch.cat(logits, 1), once.logits, atol=2e-4, rtol=2e-4)
-    assert isinstance(llama.model(ids, None).past_key_values, RazorCache)  # the decoder alone, arguments by place
+    assert isinstance(output_cache(llama.model(ids, None)), RazorCache)  # the decoder alone, arguments by place
     duo.disable_duo_attention_eval(llama)
     ours, theirs = both_ways(llama, plan, "streaming", ids, (60, *[1] * 10))  # theirs: dense, masked, float64
     torch.testing.assert_close(torch.cat(logits, 1), theirs, atol=2e-3, rtol=2e-3)
@@ -360,7 +361,7 @@ def test_other_paths_work_while_enabled(llama):
         assert torch.equal(answer(llama, ids, mask), wanted)
     assert torch.equal(answer(llama, ids, mask), inside)
     cache = RazorCache(llama.config, FULL_PLAN)
-    assert torch.equal(answer(llama, ids, mask, past_key_values=cache), stock)  # one's own cache is used
+    assert torch.equal(answer(llama, ids, mask, **{CACHE: cache}), stock)  # one's own cache is used
     assert torch.equal(answer(other, ids, mask), stock)
     with pytest.raises(ValueError, match="use_cache: expected True with razor attention, got False"):
         answer(llama, ids, mask, use_cache=False)
@@ -373,7 +374,7 @@ def test_other_paths_work_while_enabled(llama):
         (GATES * np.nan, {}, "full_attention_heads: expected finite values, got nan"),
         (GATES, {}, "full_attention_heads: expected values in 0..1, got -0.004 to 1.0"),
         (GATES.clip(0, 1), {"sink_size": -1}, "sink_size: expected an integer >= 0, got -1"),
-        (GATES.clip(0, 1), {"recent_size": -1}, "recent_size: expected an integer >= 0, got -1"),
+        (GATES.clip(0, 1), {"recent_size": -1}, "recent_size: expected an integer >= 1, got -1"),
         (GATES.clip(0, 1), {"prefill": "sparse"}, "prefill: expected 'dense' or 'streaming', got 'sparse'"),
     ],
 )

@@ -35,6 +35,7 @@ from razor_attention.hf.eval.reader import PAGE_SIZE, Press, Reader, answer, rea
 from razor_attention.hf.eval.results import append_row
 from razor_attention.hf.eval.tasks import COPIED_WORDS, ENGLISH, HOPS, START_WORDS, TURNS, Writer, is_right
 from razor_attention.hf.models import geometry, load_model
+from razor_attention.hf.names import CACHE
 from tiny_models import KV_HEADS, LAYERS, MIXED, SIZES, tiny_model
 
 MODEL = bench_methods.MODEL
@@ -282,7 +283,7 @@ def fake_kvpress():
         @contextlib.contextmanager
         def __call__(self, model):
             def prune(module, _, given, output):
-                layer, n = given["past_key_values"].layers[module.layer_idx], len(given["cache_position"])
+                layer, n = given[CACHE].layers[module.layer_idx], len(given["cache_position"])
                 kept = max(1, int(n * (1 - self.ratio)))
                 layer.keys, layer.values = layer.keys[:, :, -kept:], layer.values[:, :, -kept:]
                 return output

@@ -14,6 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import GenerationConfig
 
 from razor_attention import FULL, LayerCache, Plan, RazorCache, _core, attach, ops, pages, reference
+from razor_attention.hf.cache import Block
+from razor_attention.hf.names import CACHE
 from tiny_models import MIXED, answer, prompts, tiny_model
 
 IDS, MASK = prompts(30, 30)
@@ -263,15 +265,15 @@ def test_layers_out_of_step_are_refused() -> None:
     model = tiny_model("llama")
     with torch.no_grad(), attach(model, MIXED):
         cache = RazorCache(model.config, MIXED)
-        model(IDS, past_key_values=cache)
+        model(IDS, **{CACHE: cache})
         hook = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            model(IDS[:, :5], past_key_values=cache)
+            model(IDS[:, :5], **{CACHE: cache})
         hook.remove()
         with pytest.raises(RuntimeError, match=r"^RazorCache: expected all layers to have seen the same tokens"):
-            model(IDS[:, :5], past_key_values=cache)
+            model(IDS[:, :5], **{CACHE: cache})
         cache.reset()
-        model(IDS, past_key_values=cache)
+        model(IDS, **{CACHE: cache})
 
 
 @pytest.mark.parametrize("way", ["merged", "of the model", "by hand"])
@@ -282,7 +284,7 @@ def test_no_way_around_use_cache(way: str) -> None:
         model.generation_config.use_cache = False
         options = {"generation_config": GenerationConfig(max_new_tokens=4)}
     if way == "by hand":
-        options = {"use_cache": False, "past_key_values": RazorCache(model.config, MIXED), "max_new_tokens": 4}
+        options = {"use_cache": False, CACHE: RazorCache(model.config, MIXED), "max_new_tokens": 4}
     with (
         attach(model, MIXED),
         pytest.raises(ValueError, match=r"^use_cache: expected True with razor attention, got False$"),
@@ -301,6 +303,7 @@ def test_autocast_runs_like_stock() -> None:
 def test_kv_heads_of_one_rank_are_refused() -> None:
     model = tiny_model("llama")
     cache = RazorCache(model.config, MIXED)
+    cache.block = Block()
     key = torch.zeros(1, MIXED.num_kv_heads - 1, 4, 16)
     wanted = f"plan: expected {MIXED.num_kv_heads - 1} kv heads like the model's keys, got {MIXED.num_kv_heads}"
     with pytest.raises(ValueError, match=f"^{wanted}$"):

@@ -17,6 +17,7 @@ from razor_attention import Plan, cli, duo, find_heads
 from razor_attention.duo import passkey_samples, read_samples, train_gates
 from razor_attention.hf import gates as module
 from razor_attention.hf.gates import windowed_attention
+from razor_attention.hf.names import CACHE
 from tiny_models import KV_HEADS, LAYERS, alibi_model, masked, prompts, shared_model, tiny_model
 
 SINKS, WINDOW = 2, 8
@@ -65,7 +66,7 @@ def test_windowed_attention_is_masked_attention(tokens, sink_size, window_size):
 
 
 def hidden(model, ids):
-    return model.model(ids[None], past_key_values=DynamicCache()).last_hidden_state[0]
+    return model.model(ids[None], **{CACHE: DynamicCache()}).last_hidden_state[0]
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import transformers
 from transformers import DynamicCache
 
 from razor_attention import FULL, Plan, RazorCache, attach
+from razor_attention.hf.names import CACHE
 from tiny_models import (
     FAMILIES,
     FULL_PLAN,
@@ -285,7 +286,7 @@ def test_padding_of_all_rows_changes_nothing(qwen3, prefill):
     wider, widened = (torch.nn.functional.pad(t, (19, 0)) for t in (ids, mask))
     with attach(qwen3, MIXED):
         cache = RazorCache(qwen3.config, MIXED, prefill=prefill)
-        ours = answer(qwen3, wider, widened, past_key_values=cache)
+        ours = answer(qwen3, wider, widened, **{CACHE: cache})
         assert cache.get_seq_length() == 19 + 50 + 23  # padding counted, as transformers does
         assert cache.nbytes == bytes_of(MIXED, (73, 56), torch.float32)
     with attach(qwen3, MIXED, prefill=prefill):
@@ -344,18 +345,18 @@ def test_cache_bytes_are_the_plans(dtype, page_size, prefill):
         for start in (1, 11, 15, 16, 62, 63, 64, 126, 190):
             cache = RazorCache(model.config, plan, prefill=prefill, page_size=page_size)
             assert cache.nbytes == 0
-            model(prompts(start, start)[0], past_key_values=cache)
+            model(prompts(start, start)[0], **{CACHE: cache})
             for seen in range(start, start + 4):
                 expected = plan.kv_bytes(seen, head_dim=16, dtype=dtype, batch_size=2, page_size=page_size)
                 assert cache.nbytes == expected == bytes_of(plan, (seen, seen), dtype, page_size)
-                model(torch.full((2, 1), 5), past_key_values=cache)
+                model(torch.full((2, 1), 5), **{CACHE: cache})
 
 
 def test_cache_bytes_of_padded_rows_are_the_plans(llama):
     ids, mask = prompts(90, 61, 34)
     with attach(llama, MIXED):
         cache = RazorCache(llama.config, MIXED, page_size=16)
-        answer(llama, ids, mask, past_key_values=cache, max_new_tokens=11)
+        answer(llama, ids, mask, **{CACHE: cache}, max_new_tokens=11)
     assert cache.nbytes == bytes_of(MIXED, (100, 71, 44), torch.float32, 16)
     assert cache.get_seq_length() == 100
     assert cache.get_mask_sizes(7, 0) == (107, 0)
@@ -367,11 +368,11 @@ def test_cache_after_reset_is_as_new(llama):
     other, _ = prompts(30, 30, 30, seed=9)
     with attach(llama, MIXED):
         cache = RazorCache(llama.config, MIXED)
-        answer(llama, other, past_key_values=cache)
+        answer(llama, other, **{CACHE: cache})
         cache.reset()
         assert cache.get_seq_length() == 0
         assert cache.nbytes == 0
-        assert torch.equal(answer(llama, ids, mask, past_key_values=cache), answer(llama, ids, mask))
+        assert torch.equal(answer(llama, ids, mask, **{CACHE: cache}), answer(llama, ids, mask))
 
 
 OPERATIONS = {
@@ -402,7 +403,7 @@ def test_batch_operations_are_those_of_a_stock_cache(llama, plan, operation):
                 token = (torch.arange(len(rows)) * 7 + step)[:, None] % 90 + 2
                 position = grown[:, : step + 1].sum(1, keepdim=True) - 1
                 options = {"attention_mask": grown[:, : step + 1], "position_ids": position}
-                out = llama(token, past_key_values=cache, **options).logits
+                out = llama(token, **{CACHE: cache}, **options).logits
         return out
 
     with attach(llama, plan):
@@ -420,7 +421,7 @@ def test_a_copied_cache_goes_its_own_way(llama):
         cache = RazorCache(llama.config, MIXED)
         logits_by_step(llama, cache, ids, (50,))
         twin = copy.deepcopy(cache)
-        first = [answer(llama, torch.cat([ids, ids[:, :9]], 1), past_key_values=c) for c in (cache, twin)]
+        first = [answer(llama, torch.cat([ids, ids[:, :9]], 1), **{CACHE: c}) for c in (cache, twin)]
     assert torch.equal(*first)
 
 

@@ -14,6 +14,7 @@ from razor_attention.hf.attention import razor_attention
 from razor_attention.hf.calibrate import probe_attention
 from razor_attention.hf.gates import gated_attention
 from razor_attention.hf.mass import mass_attention
+from razor_attention.hf.names import CACHE, output_cache
 from tiny_models import (
     FULL_PLAN,
     KV_HEADS,
@@ -55,8 +56,8 @@ def test_attach_leaves_the_model_as_it_was(implementation):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_attach_leaves_the_model_as_it_was_after_an_exception(llama, error):
-    ids, _ = prompts(40)
+def test_attach_leaves_the_model_as_it_was_after_an_exception(error):
+    llama, (ids, _) = tiny_model("llama"), prompts(40)
     stock = answer(llama, ids)
 
     def fail(*_):
@@ -102,7 +103,7 @@ def test_attach_uses_the_callers_cache(llama):
     ids, _ = prompts(60)
     with attach(llama, MIXED):
         cache = RazorCache(llama.config, FULL_PLAN)
-        ours = answer(llama, ids, past_key_values=cache)
+        ours = answer(llama, ids, **{CACHE: cache})
     assert torch.equal(ours, answer(llama, ids))
     assert cache.get_seq_length() == 83
 
@@ -118,7 +119,7 @@ def test_attach_gives_each_call_a_fresh_cache(llama):
 def answer_and_cache(model, *args, **options):
     options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True} | options
     out = model.generate(*args, **options)
-    return out.sequences, out.past_key_values
+    return out.sequences, output_cache(out)
 
 
 def test_length_rule_takes_the_prompts_length(llama):
@@ -148,7 +149,7 @@ def test_length_rule_of_a_cache_made_by_hand(llama):
     with attach(llama, plan):
         for prompt_len, decided in ((None, 16), (70, 70)):
             cache = RazorCache(llama.config, plan, prompt_len=prompt_len)
-            answer(llama, ids, past_key_values=cache, prefill_chunk_size=16, max_new_tokens=2)
+            answer(llama, ids, **{CACHE: cache}, prefill_chunk_size=16, max_new_tokens=2)
             assert cache.plan == plan.resolve(decided)
 
 
@@ -156,9 +157,9 @@ def test_length_rule_of_a_cache_after_reset(llama):
     plan = Plan.from_heads({0: [0]}, num_layers=LAYERS, num_kv_heads=KV_HEADS, min_window=4, window_fraction=0.5)
     with attach(llama, plan):
         cache = RazorCache(llama.config, plan)
-        answer(llama, prompts(20)[0], past_key_values=cache)
+        answer(llama, prompts(20)[0], **{CACHE: cache})
         cache.reset()
-        ours = answer(llama, prompts(70)[0], past_key_values=cache)
+        ours = answer(llama, prompts(70)[0], **{CACHE: cache})
         assert torch.equal(ours, answer(llama, prompts(70)[0]))
 
 

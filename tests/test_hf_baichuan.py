@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Our own Baichuan: against float64 from its parameters alone, against Llama, and out of a checkpoint's files."""
 
+import contextlib
 import json
 
 import pytest
@@ -52,10 +53,15 @@ def dense_baichuan(model, ids, slopes):
 )
 def test_baichuan_is_dense_baichuan(name, slopes, implementation):
     model = alibi_model(name)
-    model.set_attn_implementation(implementation)
     ids, mask = prompts(70, 52)
-    cache = RazorCache(model.config, Plan.full(2, len(slopes))) if implementation == "razor" else DynamicCache()
-    logits = logits_by_step(model, cache, ids, (40, 13, *[1] * 17), mask)
+    with contextlib.ExitStack() as stack:
+        cache = DynamicCache()
+        if implementation == "razor":
+            stack.enter_context(attach(model, plan := Plan.full(2, len(slopes))))
+            cache = RazorCache(model.config, plan)
+        else:
+            model.set_attn_implementation(implementation)
+        logits = logits_by_step(model, cache, ids, (40, 13, *[1] * 17), mask)
     for row, length in enumerate((70, 52)):
         assert (logits[row, -length:] - dense_baichuan(model, ids[row, -length:], slopes)).abs().max() < 2e-4
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from razor_attention import RazorCache, attach
+from razor_attention.hf.names import CACHE, output_cache
 from tiny_models import (
     FULL_PLAN,
     MIXED,
@@ -55,11 +56,11 @@ def test_bytes_are_the_plans(kv, dtype):
     model = shared_model("llama", dtype)
     with attach(model, MIXED, kv_dtype=kv), torch.no_grad():
         cache = RazorCache(model.config, MIXED, kv_dtype=kv, page_size=16)
-        model(prompts(60, 60)[0], past_key_values=cache)
+        model(prompts(60, 60)[0], **{CACHE: cache})
         for seen in range(60, 66):
             assert cache.nbytes == bytes_of(MIXED, (seen, seen), kv, 16)
             assert cache.nbytes < bytes_of(MIXED, (seen, seen), dtype, 16)
-            model(torch.full((2, 1), 5), past_key_values=cache)
+            model(torch.full((2, 1), 5), **{CACHE: cache})
 
 
 @both
@@ -71,8 +72,8 @@ def test_generate(llama, kv):
             ids, attention_mask=mask, max_new_tokens=12, do_sample=False, return_dict_in_generate=True
         )
         cache = RazorCache(llama.config, MIXED, kv_dtype=torch.int8 if kv == "int8" else kv)
-        assert torch.equal(first.sequences[:, 50:], answer(llama, ids, mask, past_key_values=cache, max_new_tokens=12))
-        assert first.past_key_values.nbytes == cache.nbytes
+        assert torch.equal(first.sequences[:, 50:], answer(llama, ids, mask, **{CACHE: cache}, max_new_tokens=12))
+        assert output_cache(first).nbytes == cache.nbytes
         assert {layer.cache.key_pages.element_size() for layer in cache.layers} == {1}
         a, b = (conversation(llama, RazorCache(llama.config, MIXED, kv_dtype=kv)) for _ in range(2))
         assert torch.equal(a, b)
@@ -104,12 +105,13 @@ FULL_PLAN_OF_8 = type(FULL_PLAN).full(2, 8)
 @pytest.mark.parametrize(
     ("kv", "message"),
     [
-        ("int2", "kv_dtype: expected float32, bfloat16, float16, int8 or 'int4', got 'int2'"),
+        ("int2", "kv_dtype: expected int8, 'int4' or None for the model's own, got 'int2'"),
+        ("bfloat16", "kv_dtype: expected int8, 'int4' or None for the model's own, got 'bfloat16'"),
         (torch.bfloat16, "kv_dtype: expected int8, 'int4' or None for the model's own, got torch.bfloat16"),
     ],
 )
 def test_formats_that_are_not(llama, kv, message):
-    for make in (lambda: RazorCache(llama.config, MIXED, kv_dtype=kv), attach(llama, MIXED, kv_dtype=kv).__enter__):
+    for make in (lambda: RazorCache(llama.config, MIXED, kv_dtype=kv), lambda: attach(llama, MIXED, kv_dtype=kv)):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             make()
     assert llama.config._attn_implementation == "sdpa"

@@ -9,8 +9,6 @@ import torch
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
-    CodeGenConfig,
-    CodeGenForCausalLM,
     DynamicCache,
     FalconConfig,
     FalconForCausalLM,
@@ -27,15 +25,16 @@ from transformers.masking_utils import causal_mask_function
 
 from razor_attention import Plan, RazorCache, attach
 from razor_attention.hf.attention import razor_attention, razor_mask
+from razor_attention.hf.names import CACHE
 from tiny_models import FULL_PLAN, MIXED, SIZES, answer, logits_by_step, positions, prompts, shared_model, tiny_model
 
 FALCON = {"vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "multi_query": False}
-NEVER_ATTENDED = (
-    "past_key_values: expected a model that runs razor attention, got one that never attended to the RazorCache's "
-    "keys; use `with attach(model, plan):` or attn_implementation='razor'"
+OUTSIDE = (
+    f"{CACHE}: expected a RazorCache inside the block of `with attach(model, plan):`, got one in a model that runs "
+    "another attention"
 )
 NO_RAZOR_CACHE = (
-    "past_key_values: expected a RazorCache, got another cache or none; "
+    f"{CACHE}: expected a RazorCache, got another cache or none; "
     "razor attention never runs uncompressed without saying so"
 )
 NO_ROLLBACK = (
@@ -61,14 +60,6 @@ def llama():
     return shared_model("llama")
 
 
-@pytest.fixture
-def razor_llama(llama):
-    """The model with razor attention, used by hand."""
-    llama.set_attn_implementation("razor")
-    yield llama
-    llama.set_attn_implementation("sdpa")
-
-
 def forward(model, ids, **options):
     with torch.no_grad():
         return model(ids, **options).logits
@@ -86,19 +77,28 @@ RIGHT_PADDED[0, -3:], WITH_A_HOLE[1, 15:17] = 0, 0
 def test_razor_cache_needs_razor_attention(implementation):
     model = tiny_model("llama")
     model.set_attn_implementation(implementation)
-    with refused(RuntimeError, NEVER_ATTENDED):
-        answer(model, IDS, MASK, past_key_values=RazorCache(model.config, MIXED))
+    with refused(ValueError, OUTSIDE):
+        answer(model, IDS, MASK, **{CACHE: RazorCache(model.config, MIXED)})
 
 
-def test_razor_attention_needs_a_razor_cache(razor_llama):
+def test_razor_attention_needs_a_razor_cache(llama):
+    with attach(llama, MIXED):
+        with refused(ValueError, NO_RAZOR_CACHE):
+            answer(llama, IDS, MASK, **{CACHE: DynamicCache()})
+        with refused(ValueError, NO_RAZOR_CACHE):
+            forward(llama, IDS, use_cache=False)
+
+
+def test_razor_attention_by_name_needs_attach():
+    """A model built with it has no block that gives it caches and decides use_cache."""
+    model = tiny_model("llama")
+    model.set_attn_implementation("razor")
     with refused(ValueError, NO_RAZOR_CACHE):
-        answer(razor_llama, IDS, MASK)
-    with refused(ValueError, NO_RAZOR_CACHE):
-        answer(razor_llama, IDS, MASK, past_key_values=DynamicCache())
-    with pytest.raises(ValueError, match=r"^(past_key_values: expected a RazorCache|attention_mask: expected shape)"):
-        answer(razor_llama, IDS, MASK, cache_implementation="static")  # its mask is for more tokens than there are
-    with refused(ValueError, NO_RAZOR_CACHE):
-        forward(razor_llama, IDS, use_cache=False)
+        answer(model, IDS, MASK)
+    with refused(ValueError, OUTSIDE):
+        answer(model, IDS, MASK, **{CACHE: RazorCache(model.config, MIXED)})
+    with attach(model, MIXED):
+        assert answer(model, IDS, MASK).shape == (2, 24)
 
 
 @pytest.mark.parametrize("options", [{"use_cache": False}, {"generation_config": GenerationConfig(use_cache=False)}])
@@ -128,9 +128,10 @@ def test_another_cache_implementation(llama):
 def test_a_cache_of_another_batch(llama):
     with attach(llama, MIXED):
         cache = RazorCache(llama.config, MIXED)
-        before = forward(llama, IDS, past_key_values=cache)
-        with refused(ValueError, "page_table: expected shape [3, any], got [6, 1]"):
-            forward(llama, IDS[:1, :1], past_key_values=cache)
+        before = forward(llama, IDS, **{CACHE: cache})
+        message = f"{CACHE}: expected 2 sequences like the RazorCache holds, got 1; "
+        with refused(ValueError, f"{message}cache.batch_repeat_interleave(n) repeats each n times"):
+            forward(llama, IDS[:1, :1], **{CACHE: cache})
         assert cache.get_seq_length() == 30
         assert before.isfinite().all()
 
@@ -206,7 +207,7 @@ def test_layers_that_do_not_keep_everything():
                 door()
         assert model.config._attn_implementation == "sdpa"
     with refused(NotImplementedError, SLIDING_LAYERS):
-        RazorCache(Gemma2Config(**SIZES), MIXED)
+        RazorCache(Gemma2Config(**SIZES, sliding_window=16), MIXED)
     unused = LlamaConfig(**SIZES)
     unused.layer_types = ["full_attention", "linear_attention"]
     with refused(NotImplementedError, SLIDING_LAYERS.replace("sliding_attention", "linear_attention")):
@@ -222,18 +223,24 @@ def test_a_window_that_is_switched_off_is_none():
 
 
 def test_softcapped_models():
-    """Gemma 2 with full layers only: its config passes, its forward does not."""
+    """Gemma 2 with full layers only."""
     model = Gemma2ForCausalLM._from_config(Gemma2Config(**SIZES | {"layer_types": ["full_attention"] * 2})).eval()
-    before = model.config._attn_implementation
-    with refused(NotImplementedError, NOT_CAUSAL), attach(model, MIXED):
-        answer(model, IDS, MASK)
-    assert model.config._attn_implementation == before
+    for door in both_doors(model, MIXED):
+        with refused(
+            NotImplementedError,
+            "config: expected logits as they are, got attn_logit_softcapping 50.0; razor attention caps none",
+        ):
+            door()
+    config = Gemma2Config(**SIZES | {"layer_types": ["full_attention"] * 2, "attn_logit_softcapping": None})
+    model = Gemma2ForCausalLM._from_config(config).eval()
+    with attach(model, FULL_PLAN):
+        ours = answer(model, IDS, MASK)
+    assert torch.equal(ours, answer(model, IDS, MASK))
 
 
 @pytest.mark.parametrize(
     ("model_class", "config"),
     [
-        (CodeGenForCausalLM, CodeGenConfig(vocab_size=96, n_embd=48, n_layer=2, n_head=3, rotary_dim=8)),
         (FalconForCausalLM, FalconConfig(**FALCON, alibi=False)),
     ],
 )
@@ -311,7 +318,7 @@ def test_masks(llama, mask, error, message):
     with attach(llama, MIXED):
         cache = RazorCache(llama.config, MIXED)
         with refused(error, message):
-            forward(llama, IDS, attention_mask=mask, past_key_values=cache)
+            forward(llama, IDS, attention_mask=mask, **{CACHE: cache})
         assert cache.get_seq_length() == 0
 
 
@@ -321,8 +328,10 @@ def test_right_padding_in_generate(llama):
 
 
 def test_masks_that_are_not_causal():
+    mask = razor_mask(batch_size=1, q_length=2, kv_length=2, mask_function=lambda *_: True)
+    q, kv = torch.zeros(1, 6, 2, 16), torch.zeros(1, 3, 2, 16)
     with refused(NotImplementedError, NOT_CAUSAL):
-        razor_mask(batch_size=1, q_length=2, kv_length=2, mask_function=lambda *_: True)
+        razor_attention(torch.nn.Identity(), q, kv, kv, mask)
     assert razor_mask(batch_size=1, q_length=2, kv_length=2, mask_function=causal_mask_function) is None
 
 
@@ -332,9 +341,7 @@ def second_call(llama, mask):
         cache = RazorCache(llama.config, FULL_PLAN)
         logits_by_step(llama, cache, IDS, (30,), MASK)
         mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
-        return forward(
-            llama, IDS[:, :1], attention_mask=mask, position_ids=positions(mask)[:, -1:], past_key_values=cache
-        )
+        return forward(llama, IDS[:, :1], attention_mask=mask, position_ids=positions(mask)[:, -1:], **{CACHE: cache})
 
 
 @pytest.mark.parametrize("hide", [(0, 5), (1, 12)])
@@ -383,16 +390,16 @@ def test_gradients(llama):
     with attach(llama, MIXED):
         cache = RazorCache(llama.config, MIXED)
         with refused(NotImplementedError, f"razor::attention: {message}"):
-            llama(IDS, attention_mask=MASK, past_key_values=cache)
+            llama(IDS, attention_mask=MASK, **{CACHE: cache})
         cache.reset()
-        assert forward(llama, IDS, attention_mask=MASK, past_key_values=cache).isfinite().all()
+        assert forward(llama, IDS, attention_mask=MASK, **{CACHE: cache}).isfinite().all()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"softcap": 50.0}, "softcap: expected None, got 50.0"),
-        ({"sliding_window": 16}, "sliding_window: expected None, got 16"),
+        ({"sliding_window": 1}, "sliding_window: expected None or one wider than the text, got 1"),
         ({"s_aux": torch.ones(6)}, "s_aux: expected None, got a tensor"),
         ({"position_bias": torch.ones(1)}, "position_bias: expected None, got a tensor"),
         ({"head_mask": torch.ones(6)}, "head_mask: expected None, got a tensor"),
@@ -418,10 +425,10 @@ def test_a_refused_call_leaves_the_cache_as_it_was(llama):
     with attach(llama, MIXED):
         cache, twin = (RazorCache(llama.config, MIXED) for _ in range(2))
         for one in (cache, twin):
-            forward(llama, IDS, past_key_values=one)
+            forward(llama, IDS, **{CACHE: one})
         with pytest.raises(NotImplementedError):
-            forward(llama, IDS[:, :1], past_key_values=cache, output_attentions=True)
-        after, expected = (forward(llama, IDS[:, :1], past_key_values=one) for one in (cache, twin))
+            forward(llama, IDS[:, :1], **{CACHE: cache}, output_attentions=True)
+        after, expected = (forward(llama, IDS[:, :1], **{CACHE: one}) for one in (cache, twin))
     assert torch.equal(after, expected)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from razor_attention import FULL, Plan, RazorCache, attach
 from razor_attention.hf.models import load_model
+from razor_attention.hf.names import CACHE
 from test_fork import assert_alike
 from tiny_models import MIXED, alibi_model, answer, logits_by_step, prompts, shared_model, tiny_model
 
@@ -53,7 +54,7 @@ def go_on(model: Any, cache: RazorCache, seed: int = 5) -> Tensor:
         for length in (1, 1, 5, *[1] * 8):
             end = start + length
             position = (mask[:, :end].cumsum(1) - 1).clamp(min=0)[:, start:]
-            options = {"attention_mask": mask[:, :end], "position_ids": position, "past_key_values": cache}
+            options = {"attention_mask": mask[:, :end], "position_ids": position, CACHE: cache}
             out.append(model(new[:, start:end], **options).logits)
             start = end
     return torch.cat(out, 1)
@@ -94,7 +95,7 @@ def test_generate_many_answers_over_one_prefix(llama) -> None:
     def prefilled() -> RazorCache:
         cache = RazorCache(llama.config, MIXED, page_size=16)
         with torch.no_grad():
-            llama(text, past_key_values=cache)
+            llama(text, **{CACHE: cache})
         return cache
 
     with attach(llama, MIXED):
@@ -105,17 +106,17 @@ def test_generate_many_answers_over_one_prefix(llama) -> None:
                 if "num_beams" in options:
                     fork.batch_repeat_interleave(3)
                     alone.batch_repeat_interleave(3)
-                expected = answer(llama, whole, past_key_values=alone, **options)
-                assert torch.equal(answer(llama, whole, past_key_values=fork, **options), expected)
+                expected = answer(llama, whole, **{CACHE: alone}, **options)
+                assert torch.equal(answer(llama, whole, **{CACHE: fork}, **options), expected)
                 assert_same(fork, alone)
         assert_same(prefix, prefilled())
         whole = torch.cat([text.expand(4, -1), prompts(9, 9, 9, 9, seed=2)[0]], 1)  # and a batch of questions
         (fork,) = prefix.fork()
         fork.batch_repeat_interleave(4)
         assert fork.pool_nbytes < fork.nbytes
-        batch = answer(llama, whole, past_key_values=fork)
+        batch = answer(llama, whole, **{CACHE: fork})
         for row, fork in enumerate(prefix.fork(4)):
-            assert torch.equal(batch[row : row + 1], answer(llama, whole[row : row + 1], past_key_values=fork))
+            assert torch.equal(batch[row : row + 1], answer(llama, whole[row : row + 1], **{CACHE: fork}))
 
 
 def test_the_shipped_model_answers_from_forks_and_from_disk(tmp_path: Path) -> None:
@@ -131,18 +132,18 @@ def test_the_shipped_model_answers_from_forks_and_from_disk(tmp_path: Path) -> N
     prefix = tokenizer(text, return_tensors="pt").input_ids
     cache = RazorCache(model.config, plan, prompt_len=prefix.shape[1])
     with attach(model, plan), torch.no_grad():
-        model(prefix, past_key_values=cache)
+        model(prefix, **{CACHE: cache})
         cache.save(tmp_path / "book.safetensors", model)
         loaded = RazorCache.load(tmp_path / "book.safetensors", model, plan)
         for key, *forks in zip(facts, cache.fork(2), loaded.fork(2), strict=True):
             question = tokenizer(text + "? " + key, return_tensors="pt").input_ids
             assert torch.equal(question[:, : prefix.shape[1]], prefix)
             alone = RazorCache(model.config, plan)
-            model(prefix, past_key_values=alone)
-            expected = model.generate(question, past_key_values=alone, max_new_tokens=4, do_sample=False)
+            model(prefix, **{CACHE: alone})
+            expected = model.generate(question, **{CACHE: alone}, max_new_tokens=4, do_sample=False)
             for fork in forks:
                 assert torch.equal(
-                    model.generate(question, past_key_values=fork, max_new_tokens=4, do_sample=False), expected
+                    model.generate(question, **{CACHE: fork}, max_new_tokens=4, do_sample=False), expected
                 )
 
 
@@ -190,11 +191,11 @@ def test_generate_from_a_loaded_cache(llama, tmp_path) -> None:
     more = torch.cat([ids, prompts(7, 7, 7)[0]], 1), torch.cat([mask, mask.new_ones(3, 7)], 1)
     with attach(llama, MIXED), torch.no_grad():
         cache = RazorCache(llama.config, MIXED)
-        llama(ids, attention_mask=mask, past_key_values=cache)
+        llama(ids, attention_mask=mask, **{CACHE: cache})
         cache.save(tmp_path / "cache", llama.config)
         loaded = RazorCache.load(tmp_path / "cache", llama.config, MIXED)
-        expected = answer(llama, *more, past_key_values=cache)
-        assert torch.equal(answer(llama, *more, past_key_values=loaded), expected)
+        expected = answer(llama, *more, **{CACHE: cache})
+        assert torch.equal(answer(llama, *more, **{CACHE: loaded}), expected)
     assert_same(loaded, cache)
 
 
@@ -231,7 +232,7 @@ def test_an_alibi_model_on_disk(tmp_path) -> None:
         cache.save(tmp_path / "cache", model)
         loaded = RazorCache.load(tmp_path / "cache", model)
         for fork in cache.fork(2):
-            a, b = (answer(model, torch.cat([ids, ids[:, :3]], 1), past_key_values=c) for c in (fork, loaded.fork()[0]))
+            a, b = (answer(model, torch.cat([ids, ids[:, :3]], 1), **{CACHE: c}) for c in (fork, loaded.fork()[0]))
             assert torch.equal(a, b)
 
 

@@ -14,6 +14,7 @@ import torch
 import oracle
 from razor_attention import FULL, LayerCache, Plan, alibi_slopes
 from razor_attention.atb import alibi_mask, cache_tensors, mean_weight, plan_tensors
+from razor_attention.hf.names import CACHE
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # half an ulp, relative: the rounding of a mean row
 
@@ -382,7 +383,7 @@ def test_the_layers_of_a_razor_cache(monkeypatch):
     with attach(model, plan), torch.inference_mode():
         for part in (ids[:, :-1], ids[:, -1:]):
             calls.clear()
-            model(part, past_key_values=cache)
+            model(part, **{CACHE: cache})
     off = {"atb": [], "mindie": [], "none": []}  # |theirs - ours| / |ours| of every compressed query head
     for layer, (query, ours) in zip(cache.layers, calls, strict=True):
         compressed = (layer.cache.window_size != FULL).repeat_interleave(2).numpy()

@@ -19,6 +19,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 import parallel_worker as worker
 import tiny_models as tiny
 from razor_attention import FULL, Plan, attach, find_heads
+from razor_attention.hf.names import output_cache
 
 RANKS = range(worker.WORLD_SIZE)
 SECONDS = 300  # then a rank that waits for another one is ended
@@ -230,8 +231,8 @@ def test_layers_on_several_devices(folder, tmp_path, how):
         out = spread.generate(ids, return_dict_in_generate=True, **options)
     with attach(whole, worker.MIXED):
         assert torch.equal(out.sequences, whole.generate(ids, **options))
-    assert out.past_key_values.nbytes == promised(worker.MIXED, "mixed")
-    where = [layer.cache.key_pages.device.type for layer in out.past_key_values.layers]
+    assert output_cache(out).nbytes == promised(worker.MIXED, "mixed")
+    where = [layer.cache.key_pages.device.type for layer in output_cache(out).layers]
     assert where == ["cpu", "cuda" if how == "two devices" else "cpu"]
 
     scores, expected = (find_heads(one, worker.Tokenizer(), period=40, progress=False) for one in (spread, whole))

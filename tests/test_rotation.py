@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from razor_attention import FULL, LayerCache, RazorCache, attach
+from razor_attention.hf.names import CACHE, output_cache
 from razor_attention.rotation import rotated_key, rotated_query
 from tiny_models import FULL_PLAN, MIXED, answer, logits_by_step, prompts, shared_model
 
@@ -76,5 +77,5 @@ def test_models(plan):
     with attach(model, plan, kv_dtype="int8", rotate_keys=True):
         said = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
         cache = RazorCache(model.config, plan, kv_dtype="int8", rotate_keys=True)
-        assert torch.equal(said.sequences[:, 40:], answer(model, ids, mask, past_key_values=cache, max_new_tokens=8))
-    assert all(layer.cache.rotate_keys for layer in said.past_key_values.layers)
+        assert torch.equal(said.sequences[:, 40:], answer(model, ids, mask, **{CACHE: cache}, max_new_tokens=8))
+    assert all(layer.cache.rotate_keys for layer in output_cache(said).layers)

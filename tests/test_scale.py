@@ -12,6 +12,7 @@ from razor_attention.bench import scale
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from razor_attention import Plan, attach
+from razor_attention.hf.names import output_cache
 from tiny_models import LAYERS, MIXED, prompts, shared_model
 
 MODEL = scale.MODELS["llama-3-8b"]
@@ -40,7 +41,7 @@ def test_stages_hold_what_their_layers_caches_hold():
     ids, mask = prompts(150)
     with attach(shared_model("llama"), MIXED) as model:
         out = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-    layers = [layer.cache.nbytes for layer in out.past_key_values.layers]
+    layers = [layer.cache.nbytes for layer in output_cache(out).layers]
     stages = scale.device_plans(MIXED, 1, LAYERS)
     assert [part.kv_bytes(153, head_dim=16, dtype=torch.float32) for part in stages] == layers
     assert scale.head_bytes(MIXED, 153, 16, torch.float32).sum(1).tolist() == layers

@@ -40,7 +40,8 @@ from transformers.cache_utils import Cache
 
 from razor_attention import FULL, Plan, RazorCache, attach
 from razor_attention.hf.baichuan import BaichuanForCausalLM
-from razor_attention.hf.models import AttentionSwitch
+from razor_attention.hf.names import CACHE
+from razor_attention.hf.switch import AttentionSwitch
 
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -202,7 +203,7 @@ def conversation(model: PreTrainedModel, cache: Cache) -> Tensor:
     for new in (0, 40, 20, 1):
         ids = torch.cat([ids, prompts(new, new, seed=new)[0]], 1)
         mask = torch.cat([mask, mask.new_ones(2, ids.shape[1] - mask.shape[1])], 1)
-        answers.append(answer(model, ids, mask, past_key_values=cache, max_new_tokens=10))
+        answers.append(answer(model, ids, mask, **{CACHE: cache}, max_new_tokens=10))
         ids = torch.cat([ids, answers[-1]], 1)
     return torch.cat(answers, 1)
 
@@ -217,7 +218,7 @@ def logits_by_step(
     for length in lengths:
         end = start + length
         step = {"attention_mask": mask[:, :end], "position_ids": positions(mask[:, :end])[:, start:]}
-        out.append(model(ids[:, start:end], past_key_values=cache, use_cache=True, **step).logits)
+        out.append(model(ids[:, start:end], **{CACHE: cache}, use_cache=True, **step).logits)
         start = end
     assert start == ids.shape[1]
     return torch.cat(out, 1).float()

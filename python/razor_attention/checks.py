@@ -22,10 +22,12 @@ def check_int(name: str, value: Any, least: int, most: int = 2**31 - 1) -> int:
 
 
 def check_kv_dtype(name: str, value: Any) -> torch.dtype:
-    """The dtype of a cache's pages: `value`, with "int8" for torch.int8, and uint8 for "int4"."""
-    if isinstance(value, str) and value in ("int8", "int4"):
-        return torch.int8 if value == "int8" else torch.uint8
-    if isinstance(value, torch.dtype) and value in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
+    """The dtype of a cache's pages: `value` or what its name stands for, and uint8 for "int4"."""
+    if isinstance(value, str) and value == "int4":
+        return torch.uint8
+    kinds = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "int8")}
+    value = kinds.get(value, value) if isinstance(value, str) else value
+    if isinstance(value, torch.dtype) and value in kinds.values():
         return value
     raise ValueError(f"{name}: expected float32, bfloat16, float16, int8 or 'int4', got {value!r}")
 

@@ -189,6 +189,7 @@ def generate(arguments: Namespace) -> None:
     runs its part of the model, and the first one tells."""
     from . import attach
     from .hf.models import load_model
+    from .hf.names import output_cache
     from .hf.parallel import kv_shard
 
     text = arguments.prompt
@@ -208,7 +209,7 @@ def generate(arguments: Namespace) -> None:
         run_model: Any = model.generate
         out = run_model(ids, attention_mask=mask, streamer=clock, return_dict_in_generate=True, **options)
         text = tokenizer.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True)
-        return str(text), clock, out.past_key_values
+        return str(text), clock, output_cache(out)
 
     kept = {"kv_dtype": arguments.kv, "exact_sink": arguments.exact[0], "exact_window": arguments.exact[1]}
     with attach(model, loaded, prefill=arguments.prefill, **kept):

@@ -12,8 +12,6 @@ makes such patterns.
 
 from __future__ import annotations
 
-import inspect
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +22,7 @@ from torch import nn
 from . import files
 from .checks import check_int, check_table
 from .heads import full_gates
-from .hf import RazorCache, attach
+from .hf import attach
 from .hf.gates import TrainedGates, train_gates
 from .hf.models import geometry
 from .hf.passkeys import passkey_samples, read_samples
@@ -45,7 +43,7 @@ __all__ = [
     "train_gates",
 ]
 
-_UNDO = "_razor_duo"  # attribute of an enabled model
+_BLOCK = "_razor_duo"  # attribute of an enabled model: the open block of its attach
 
 
 def load_attn_pattern(attn_load_dir: files.PathLike) -> tuple[NDArray[np.float64], int, int]:
@@ -94,8 +92,8 @@ def enable_duo_attention_eval(
 ) -> None:
     """From now on the model's `generate` and its own calls use compressed caches, until `disable_duo_attention_eval`.
 
-    Calls with a `past_key_values` of None start a RazorCache; hand the one in their output to the next call. The model
-    may be moved to another device afterwards. Enabling again replaces the heads.
+    Calls without a cache start a RazorCache; hand the one in their output to the next call, as `past_key_values` or
+    `cache`. The model may be moved to another device afterwards. Enabling again replaces the heads.
 
     Args:
         model: one that `attach` takes.
@@ -116,27 +114,13 @@ def enable_duo_attention_eval(
     if list(heads.shape) != [sizes.num_layers, sizes.num_kv_heads]:
         wanted = f"{sizes.num_layers} layers x {sizes.num_kv_heads} kv heads like the model"
         raise ValueError(f"full_attention_heads: expected {wanted}, got {' x '.join(map(str, heads.shape))}")
-    check_int("recent_size", recent_size, 0)
+    check_int("recent_size", recent_size, 1)
     plan = Plan.from_gates(heads, threshold=0.5, sink_size=sink_size, window_size=recent_size)
-    RazorCache(config, plan, prefill=prefill)  # refuses before the model is touched
-    if _UNDO in vars(model):
+    if _BLOCK in vars(model):
         disable_duo_attention_eval(model)
-    with ExitStack() as stack:
-        stack.enter_context(attach(model, plan, prefill=prefill))  # type: ignore[arg-type]
-        decoder: Any = model.base_model
-        parameters = inspect.signature(decoder.forward)
-
-        def start_cache(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-            given = parameters.bind_partial(*args, **kwargs).arguments
-            wanted = given.get("use_cache")
-            wanted = decoder.config.use_cache if wanted is None else wanted
-            if given.get("past_key_values") is not None or not wanted:
-                return None  # without any cache our attention says what it needs
-            kwargs = {name: value for name, value in given.items() if name != "kwargs"} | given.get("kwargs", {})
-            return (), kwargs | {"past_key_values": RazorCache(config, plan, prefill=prefill)}
-
-        stack.callback(decoder.register_forward_pre_hook(start_cache, with_kwargs=True).remove)
-        vars(model)[_UNDO] = stack.pop_all()
+    block = attach(model, plan, prefill=prefill)  # type: ignore[arg-type]
+    block.__enter__()
+    vars(model)[_BLOCK] = block
 
 
 def disable_duo_attention_eval(model: Any) -> None:
@@ -147,10 +131,10 @@ def disable_duo_attention_eval(model: Any) -> None:
     Raises:
         ValueError: model: expected one with DuoAttention enabled, got one without
     """
-    undo: ExitStack | None = vars(model).pop(_UNDO, None)
-    if undo is None:
+    block: attach | None = vars(model).pop(_BLOCK, None)
+    if block is None:
         raise ValueError("model: expected one with DuoAttention enabled, got one without")
-    undo.close()
+    block.__exit__(None, None, None)
 
 
 def to_device(model: Any, device: Any, enable_tp: bool = False, enable_pp: bool = False) -> Any:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from . import baichuan as _baichuan  # noqa: F401  # registers itself with transformers
-from .attention import attach
+from .attachment import attach
 from .cache import RazorCache
 from .calibrate import find_heads
 from .mass import dropped_mass

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import CONFIG_MAPPING
 
 from ..alibi import alibi_slopes
+from .names import CONFIG_MAPPING
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,10 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb, eager_attention_forward
 
 from .alibi import model_slopes
+from .names import ALL_ATTENTION_FUNCTIONS, CONFIG_MAPPING, pop_cache
 
 _ADD_ALIBI = ("razor", "razor_mass")  # names of attention functions that do, from their cache's slopes
 _BAICHUAN_2_VOCABULARY = 125696
@@ -88,7 +87,6 @@ class BaichuanAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of the new tokens, as transformers' decoder layers call it.
@@ -97,7 +95,7 @@ class BaichuanAttention(nn.Module):
             hidden_states: (batch, q_len, hidden).
             position_embeddings: cosines and sines, each (batch, q_len, head_dim); for rotary models.
             attention_mask: what the mask function of the attention in use returned.
-            past_key_values: a Cache.
+            kwargs: the cache, under the name that transformers gives it; the rest is for the attention function.
 
         Returns:
             (batch, q_len, hidden), and what the attention function returns as its map.
@@ -107,8 +105,8 @@ class BaichuanAttention(nn.Module):
         slopes = model_slopes(self.config)
         if slopes is None:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if (cache := pop_cache(kwargs)) is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         name = self.config._attn_implementation
         if slopes is not None and name not in _ADD_ALIBI:
             slopes = slopes.to(query.device)

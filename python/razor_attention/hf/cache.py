@@ -14,18 +14,38 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..cache import LayerCache
-from ..checks import check_int, check_kv_dtype
+from ..checks import check_int
 from ..files import PathLike
 from ..plan import Plan
 from .models import geometry
+from .names import CACHE, Cache, CacheLayerMixin
 from .parallel import kv_shard, local_slopes
 from .saved import SavedCache, config_of, read_cache, write_cache
 
 Prefill = Literal["dense", "streaming"]
 KvDtype = torch.dtype | Literal["int8", "int4"] | None
+
+
+class Block:
+    """The block of an `attach`: open until it is left. A RazorCache is filled inside one alone."""
+
+    def __init__(self, *, is_open: bool = True) -> None:
+        self.open = is_open
+
+    def close(self) -> None:
+        self.open = False
+
+    def __deepcopy__(self, _: object) -> Block:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:  # in another process it is over
+        return _closed_block, ()
+
+
+def _closed_block() -> Block:
+    return Block(is_open=False)
 
 
 class RazorLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -130,15 +150,16 @@ class RazorLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 class RazorCache(Cache):
     """A transformers Cache that stores each kv head by its policy in `plan`. Needs razor attention in the model.
 
-    Use it through `attach`, or by hand to keep a conversation: pass the same RazorCache to every `generate` call. To
-    ask many questions about one text, prefill it once and ask each of a fork:
+    Use it through `attach`, or by hand, inside such a block, to keep a conversation: pass the same RazorCache to every
+    `generate` call. To ask many questions about one text, prefill it once and ask each of a fork (transformers before
+    5.24 calls the argument `past_key_values`; either name goes here):
 
         with attach(model, plan), torch.no_grad():
             prefix = RazorCache(model.config, plan, prompt_len=text.shape[1])
-            model(text, past_key_values=prefix)
+            model(text, cache=prefix)
             prefix.save("book.safetensors", model)  # for another day: RazorCache.load("book.safetensors", model)
             for question, cache in zip(questions, prefix.fork(len(questions))):
-                model.generate(torch.cat([text, question], 1), past_key_values=cache)
+                model.generate(torch.cat([text, question], 1), cache=cache)
 
     Args:
         config: the model's configuration.
@@ -179,8 +200,8 @@ class RazorCache(Cache):
             raise ValueError(f"prefill: expected 'dense' or 'streaming', got {prefill!r}")
         if not isinstance(plan, Plan):
             raise TypeError(f"plan: expected a Plan, got {type(plan).__name__}")
-        if kv_dtype is not None and check_kv_dtype("kv_dtype", kv_dtype).is_floating_point:
-            raise ValueError(f"kv_dtype: expected int8, 'int4' or None for the model's own, got {kv_dtype}")
+        if kv_dtype not in (None, torch.int8, "int8", "int4"):
+            raise ValueError(f"kv_dtype: expected int8, 'int4' or None for the model's own, got {kv_dtype!r}")
         sizes = geometry(config)
         plan.check_model(sizes.num_layers, sizes.num_kv_heads)
         plan = plan.shard(*kv_shard(config))
@@ -193,16 +214,22 @@ class RazorCache(Cache):
         self.exact_sink = check_int("exact_sink", exact_sink, 0, most)
         self.exact_window = check_int("exact_window", exact_window, 0, most)
         self.rotate_keys = rotate_keys
+        self.block = _closed_block()  # of the attached model that was called with this cache last
         super().__init__(layers=[RazorLayer(prefill == "dense") for _ in range(sizes.num_layers)])
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         layer, first = self.layers[layer_idx], self.layers[0]
+        if not self.block.open:
+            raise ValueError(
+                f"{CACHE}: expected a RazorCache inside the block of `with attach(model, plan):`, got one in a model "
+                "that runs another attention"
+            )
         if first.pending or layer.pending:
             raise RuntimeError(
-                "past_key_values: expected a model that runs razor attention, got one that never attended to the "
-                "RazorCache's keys; use `with attach(model, plan):` or attn_implementation='razor'"
+                f"{CACHE}: expected a model that attends to every layer of its RazorCache, got one that did not or was "
+                "interrupted; reset() the cache"
             )
         new = key_states.shape[2]
         in_step = layer.columns + new == first.columns if layer_idx else self._in_step
@@ -212,14 +239,24 @@ class RazorCache(Cache):
             raise ValueError(
                 f"plan: expected {key_states.shape[1]} kv heads like the model's keys, got {self.plan.num_kv_heads}"
             )
+        if (held := self._layer_cache(layer_idx, key_states, value_states)).batch_size != key_states.shape[0]:
+            raise ValueError(
+                f"{CACHE}: expected {held.batch_size} sequences like the RazorCache holds, got {key_states.shape[0]}; "
+                "cache.batch_repeat_interleave(n) repeats each n times"
+            )
+        return layer.update(key_states, value_states)
+
+    def _layer_cache(self, layer_idx: int, key: Tensor, value: Tensor) -> LayerCache:
+        """The cache of one layer; made for the first tokens, of which `key` and `value` are some."""
+        layer = self.layers[layer_idx]
         if layer.cache is None:
-            self.plan = self.plan.resolve(new)
+            self.plan = self.plan.resolve(key.shape[2])
             layer.cache = LayerCache(
                 *self.plan.layer(layer_idx),
-                batch_size=key_states.shape[0],
-                head_dim=key_states.shape[3],
-                dtype=value_states.dtype if self.kv_dtype is None else self.kv_dtype,
-                device=key_states.device,
+                batch_size=key.shape[0],
+                head_dim=key.shape[3],
+                dtype=value.dtype if self.kv_dtype is None else self.kv_dtype,
+                device=key.device,
                 page_size=self.page_size,
                 alibi_slopes=self._slopes,
                 exact_sink=self.exact_sink,
@@ -227,7 +264,18 @@ class RazorCache(Cache):
                 rotate_keys=self.rotate_keys,
             )
             layer.is_initialized = True
-        return layer.update(key_states, value_states)
+        return layer.cache
+
+    def fill(self, layer_idx: int, key: Tensor, value: Tensor) -> None:
+        """Store what a dense prefill of another cache computed, as the first tokens of a layer, without padding.
+
+        Args:
+            layer_idx: layer.
+            key: (batch, num_kv_heads, tokens, head_dim), f32 | bf16 | f16. Rotated keys.
+            value: (batch, num_kv_heads, tokens, head_dim).
+        """
+        self._layer_cache(layer_idx, key, value).append(key.to(value.dtype), value)
+        self.layers[layer_idx].columns = key.shape[2]
 
     def reset(self) -> None:
         """Forget everything, the length rule's windows too, and give the memory back."""

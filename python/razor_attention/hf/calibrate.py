@@ -22,14 +22,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.masking_utils import causal_mask_function
 
 from .. import ops
 from ..heads import HeadScores, probe_ids
 from .alibi import alibi_architecture
 from .checkpoint import mapped_model, read_config
-from .models import AttentionSwitch, geometry, inside, refuse_unsupported, text_config
+from .masks import plain_mask
+from .models import geometry, inside, refuse_unsupported, text_config
 from .parallel import gather_heads, kv_shard
+from .switch import AttentionSwitch
 
 
 @dataclass
@@ -55,7 +56,7 @@ def probe_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function registered as "razor_probe": plain causal attention that also scores its heads."""
-    refuse_unsupported(module, dropout, kwargs)
+    refuse_unsupported(module, dropout, kwargs, attention_mask, query.shape[2])
     probe = inside(_running, "razor_probe", "find_heads")
     echo, induction = ops.head_scores(query, key, probe.period, scale=scaling)
     probe.scores[cast(int, module.layer_idx)] = (echo[0].cpu(), induction[0].cpu())
@@ -66,11 +67,10 @@ def probe_attention(
     return out.transpose(1, 2), None
 
 
-def probe_mask(*, mask_function: Any = causal_mask_function, **_: Any) -> None:
-    """The mask function registered as "razor_probe": the probe has no padding and needs plain causal attention."""
+def probe_mask(**options: Any) -> Tensor | None:
+    """The mask function registered as "razor_probe": the probe has no padding."""
     inside(_running, "razor_probe", "find_heads")
-    if mask_function is not causal_mask_function:
-        raise NotImplementedError("model: expected plain causal attention, got a sliding, chunked or bidirectional one")
+    return plain_mask(**options)
 
 
 def _prefix(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:

@@ -16,9 +16,10 @@ from zipfile import is_zipfile
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..files import read_json
+from .names import CONFIG_MAPPING
 
 Reader = Callable[[], Tensor]
 _NAMES = ("model.safetensors", "pytorch_model.bin")

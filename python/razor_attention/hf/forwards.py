@@ -7,16 +7,14 @@ attention function that looks after ALiBi itself. Weights and classes stay as th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import PreTrainedConfig
 
 from .alibi import alibi_architecture
+from .names import ALL_ATTENTION_FUNCTIONS, pop_cache
 
 # query (batch, num_heads, q_len, head_dim), key and value (batch, num_kv_heads, q_len, head_dim)
 _QKV = tuple[Tensor, Tensor, Tensor]
@@ -61,18 +59,16 @@ def _mpt(
     name: str,
     hidden_states: Tensor,
     position_bias: Tensor,
-    past_key_values: Any = None,
     attention_mask: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Any]:
+    cache = pop_cache(options)
     fused = module.Wqkv(hidden_states)
     if module.clip_qkv:
         fused = fused.clamp(-module.clip_qkv, module.clip_qkv)
     query, key, value = fused.unflatten(-1, (3, -1, module.head_dim)).transpose(1, 3).unbind(2)
     scaling, dropout = module.softmax_scale, module.attn_dropout_p
-    out, weights = _attend(
-        module, name, (query, key, value), past_key_values, attention_mask, scaling, dropout, **options
-    )
+    out, weights = _attend(module, name, (query, key, value), cache, attention_mask, scaling, dropout, **options)
     return module.out_proj(out), weights
 
 
@@ -105,38 +101,25 @@ def _falcon(
 _FORWARDS: dict[str, Callable[..., tuple[Tensor, Any]]] = {"bloom": _bloom, "mpt": _mpt, "falcon": _falcon}
 
 
-def has_forward(config: PreTrainedConfig) -> bool:
-    """Whether models of this configuration need, and have, a forward of ours."""
-    return config.model_type in _FORWARDS and alibi_architecture(config) is not None
+def find_forward(config: PreTrainedConfig) -> Callable[..., tuple[Tensor, Any]] | None:
+    """The forward that attention layers of this configuration need, called with the layer and a name before its own
+    arguments; None: the layers use AttentionInterface, or nobody here knows them."""
+    return None if alibi_architecture(config) is None else _FORWARDS.get(config.model_type)
 
 
-@contextmanager
-def replaced_forwards(model: PreTrainedModel, config: PreTrainedConfig, name: str) -> Iterator[None]:
-    """Inside this context the model's attention layers call the attention function `name`; then all is as before.
+def forward_places(model: nn.Module, config: PreTrainedConfig) -> list[tuple[nn.Module, str]]:
+    """The model's attention layers, and the attribute of each that stands for its class's forward.
 
     Raises:
         NotImplementedError: model: expected 24 attention layers with query_key_value, got 0
     """
-    row, forward = alibi_architecture(config), _FORWARDS[config.model_type]
-    assert row is not None  # has_forward has looked
+    row = alibi_architecture(config)
+    assert row is not None  # find_forward has looked
     projection = row.projections[0]
-    layers: list[nn.Module] = [module for module in model.modules() if hasattr(module, projection)]
+    layers = [module for module in model.modules() if hasattr(module, projection)]
     if len(layers) != config.num_hidden_layers:
         raise NotImplementedError(
             f"model: expected {config.num_hidden_layers} attention layers with {projection}, got {len(layers)}"
         )
-    before = config._attn_implementation
     # accelerate's hooks sit in `forward` and call `_old_forward`.
-    places = [(vars(layer), "_old_forward" if "_old_forward" in vars(layer) else "forward") for layer in layers]
-    own = [attributes.get(key) for attributes, key in places]
-    try:
-        for layer, (attributes, key) in zip(layers, places, strict=True):
-            attributes[key] = partial(forward, layer, name)
-        config._attn_implementation_internal = ReplacedForwards(name)
-        yield
-    finally:
-        config._attn_implementation_internal = before
-        for (attributes, key), old in zip(places, own, strict=True):
-            attributes.pop(key, None)
-            if old is not None:
-                attributes[key] = old
+    return [(layer, "_old_forward" if "_old_forward" in vars(layer) else "forward") for layer in layers]

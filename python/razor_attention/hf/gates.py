@@ -24,15 +24,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.masking_utils import causal_mask_function
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .. import files
 from ..checks import check_int
 from .alibi import model_slopes
-from .models import AttentionSwitch, geometry, refuse_unsupported, text_config
+from .masks import plain_mask
+from .models import geometry, refuse_unsupported, text_config
+from .names import GradientCheckpointingLayer
 from .parallel import kv_shard
 from .passkeys import passkey_samples
+from .switch import AttentionSwitch
 
 _BLOCK = 256  # queries at a time in the windowed half, or a window of them where that is more
 _SAVE_EVERY = 50  # steps
@@ -275,7 +276,7 @@ def gated_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function registered as "razor_gates": causal attention mixed with that to sinks and window."""
-    refuse_unsupported(module, dropout, kwargs)
+    refuse_unsupported(module, dropout, kwargs, attention_mask, query.shape[2])
     run: _Run | None = vars(module).get("_razor_run")
     if run is None:
         raise ValueError(
@@ -321,12 +322,6 @@ def windowed_attention(
             nn.functional.scaled_dot_product_attention(query[:, :, start:end], k, v, attn_mask=seen, scale=scale)
         )
     return torch.cat(parts, 2)
-
-
-def gated_mask(*, mask_function: Any = causal_mask_function, **_: Any) -> None:
-    """The mask function registered as "razor_gates": samples have no padding and need plain causal attention."""
-    if mask_function is not causal_mask_function:
-        raise NotImplementedError("model: expected plain causal attention, got a sliding, chunked or bidirectional one")
 
 
 def _distillation(model: PreTrainedModel, run: _Run, ids: Tensor, asked: Tensor) -> Tensor:
@@ -399,4 +394,4 @@ def _positive(name: str, value: Any, *, zero: bool = False) -> float:
 
 
 AttentionInterface.register("razor_gates", gated_attention)
-AttentionMaskInterface.register("razor_gates", gated_mask)
+AttentionMaskInterface.register("razor_gates", plain_mask)  # samples have no padding

@@ -14,8 +14,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from ..alibi import attend_and_measure
 from .alibi import not_alibi
-from .models import AttentionSwitch, geometry, inside, refuse_unsupported, text_config
+from .models import geometry, inside, refuse_unsupported, text_config
 from .parallel import gather_heads, local_slopes
+from .switch import AttentionSwitch
 
 
 @torch.no_grad()
@@ -86,7 +87,7 @@ def mass_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function registered as "razor_mass": plain causal ALiBi attention that measures its windows."""
-    refuse_unsupported(module, dropout, kwargs)
+    refuse_unsupported(module, dropout, kwargs, None, query.shape[2])
     measure = inside(_running, "razor_mass", "dropped_mass")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out, mass = attend_and_measure(query, key, value, measure.slopes.to(query.device), scale)

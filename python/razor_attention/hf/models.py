@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -11,10 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import is_torchelastic_launched
 from transformers import (
-    MODEL_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,10 +20,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.distributed.configuration_utils import DistributedConfig
 
 from .alibi import alibi_architecture
-from .forwards import has_forward, replaced_forwards
+from .masks import refuse_other_mask
+from .names import MODEL_MAPPING, DistributedConfig, layer_kinds
 
 T = TypeVar("T")
 Tokenizer = PreTrainedTokenizerBase  # for rooms that do not import transformers
@@ -52,24 +50,36 @@ def geometry(config: PreTrainedConfig) -> Geometry:
     Raises:
         NotImplementedError: config: expected only full_attention layers, got sliding_attention; ...
     """
-    text = text_config(config)
     if getattr(config, "is_encoder_decoder", False):
         raise NotImplementedError("config: expected a decoder-only model, got an encoder-decoder one")
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"]) - {"full_attention"}
-    # Mistral has no layer_types: a window in the config is a window in every layer.
-    if getattr(text, "sliding_window", None) is not None and getattr(text, "layer_types", None) is None:
-        kinds |= {"sliding_attention"} if getattr(text, "use_sliding_window", True) else set()
-    if kinds:
+    text = text_config(config)
+    if getattr(text, "num_attention_heads", None) is None or getattr(text, "num_hidden_layers", None) is None:
+        got = f"{text.model_type} without num_attention_heads or num_hidden_layers"
+        raise NotImplementedError(f"config: expected a decoder with layers of attention heads, got {got}")
+    if getattr(text, "kv_lora_rank", None):
+        raise NotImplementedError(
+            f"config: expected keys and values of each head, got latent attention ({text.model_type}, kv_lora_rank "
+            f"{text.kv_lora_rank}), which caches one latent row for all heads"
+        )
+    if kinds := set(layer_kinds(text)) - {"full_attention"}:
         raise NotImplementedError(
             f"config: expected only full_attention layers, got {', '.join(sorted(kinds))}; "
             "such layers keep a window, a state or a shared cache of their own"
         )
+    if softcap := getattr(text, "attn_logit_softcapping", None):
+        raise NotImplementedError(
+            f"config: expected logits as they are, got attn_logit_softcapping {softcap}; razor attention caps none"
+        )
     num_heads, alibi = int(text.num_attention_heads), alibi_architecture(text)
     num_kv_heads = int(getattr(text, "num_key_value_heads", None) or num_heads)
+    if alibi is not None:
+        num_kv_heads = alibi.num_kv_heads(text, num_heads)
+    elif getattr(text, "multi_query", False):  # GPT-BigCode
+        num_kv_heads = 1
     return Geometry(
         num_layers=int(text.num_hidden_layers),
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads if alibi is None else alibi.num_kv_heads(text, num_heads),
+        num_kv_heads=num_kv_heads,
         head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // num_heads),
     )
 
@@ -117,46 +127,6 @@ def load_model(folder: Path, dtype: str, *, parallel: bool = False) -> tuple[Pre
     return model, tokenizer
 
 
-class AttentionSwitch:
-    """Context manager: a model's decoder uses the attention function `name` inside it, and its own again afterwards.
-
-    Raises:
-        NotImplementedError: model: expected one that uses AttentionInterface, got CodeGenForCausalLM
-    """
-
-    def __init__(self, model: PreTrainedModel, name: str) -> None:
-        if not isinstance(model, nn.Module) or not hasattr(model, "set_attn_implementation"):
-            raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
-        self.model, self.name = model, name
-        self.config: PreTrainedConfig = text_config(model.config)
-        self.before: str = self.config._attn_implementation
-
-    def _set(self, name: str) -> None:
-        wanted: Any = name
-        if self.config is not self.model.config:  # leave a vision tower alone
-            wanted = {
-                key: name for key in self.model.config.sub_configs if getattr(self.model.config, key) is self.config
-            }
-        self.model.set_attn_implementation(wanted)
-
-    def __enter__(self) -> PreTrainedModel:
-        with ExitStack() as undo:
-            if has_forward(self.config):
-                undo.enter_context(replaced_forwards(self.model, self.config, self.name))
-            elif self.model._can_set_attn_implementation():
-                undo.callback(self._set, self.before)
-                self._set(self.name)
-            else:
-                raise NotImplementedError(
-                    f"model: expected one that uses AttentionInterface, got {type(self.model).__name__}"
-                )
-            self._undo = undo.pop_all()
-        return self.model
-
-    def __exit__(self, *error: object) -> None:
-        self._undo.close()
-
-
 def inside(running: ContextVar[T], name: str, function: str) -> T:
     """What an attention function of ours shares with the function that it serves; refuses models built with its name.
 
@@ -171,13 +141,28 @@ def inside(running: ContextVar[T], name: str, function: str) -> T:
     return shared
 
 
-def refuse_unsupported(module: nn.Module, dropout: float, options: dict[str, Any]) -> None:
+def refuse_unsupported(
+    module: nn.Module, dropout: float, options: dict[str, Any], mask: Tensor | None, tokens: int = 0
+) -> None:
     """Raise for what an attention layer asks for that our attention does not do, so that nothing is ignored silently.
 
+    Args:
+        module: the layer.
+        dropout: it asks for.
+        options: other keyword arguments of its call.
+        mask: it received.
+        tokens: of the sequence so far, padding and new ones included; a sliding window at least as wide is none.
     Raises:
         NotImplementedError: softcap: expected None, got 50.0; razor attention does not support it
     """
-    for name in ("sliding_window", "softcap", "s_aux", "position_bias", "head_mask"):
+    refuse_other_mask(mask)
+    window = options.get("sliding_window")
+    if window is not None and (not isinstance(window, int) or window < tokens or not tokens):
+        raise NotImplementedError(
+            f"sliding_window: expected None or one wider than the text, got {window}; "
+            "razor attention does not support it"
+        )
+    for name in ("softcap", "s_aux", "position_bias", "head_mask"):
         if options.get(name) is not None:
             value = options[name] if isinstance(options[name], int | float) else "a tensor"
             raise NotImplementedError(f"{name}: expected None, got {value}; razor attention does not support it")

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...files import read_json, write_json
 from ..cache import Prefill
-from ..forwards import has_forward
+from ..forwards import find_forward
 from ..models import text_config
 from .methods import Method
 from .reader import Prefix, Press, Reader, answer, read_prefix
@@ -205,7 +205,7 @@ class _Parts(NamedTuple):
         """What each sample adds to each row."""
         task, length, depth = self.group
         found: dict[Row, list[_Measured]] = {blank: [] for blank in todo}
-        shares = self.settings.prefill == "dense" and not has_forward(text_config(self.model.config))
+        shares = self.settings.prefill == "dense" and find_forward(text_config(self.model.config)) is None
         for sample in _samples(writer, self.settings, task, length, depth):
             prefix: Prefix | None = None
             for blank, (method, budget) in todo.items():

@@ -21,8 +21,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ...plan import Plan
-from ..attention import attach
+from ..attachment import attach
 from ..cache import KvDtype, Prefill, RazorCache, cache_bytes
+from ..names import CACHE
 
 PAGE_SIZE = 16  # the smallest, so that budgets are met closely
 Way: TypeAlias = "Plan | Press | Callable[[PreTrainedModel], AbstractContextManager[object]] | None"
@@ -96,7 +97,7 @@ class Reader:
                 options |= {"position_ids": position[None], "cache_position": position}
                 if self.seen == 0 and self.way.kept < len(ids):
                     stack.enter_context(self._press(self.way, len(ids)))
-            logits: Tensor = self.model(batch, past_key_values=self.cache, use_cache=True, **options).logits
+            logits: Tensor = self.model(batch, use_cache=True, **{CACHE: self.cache}, **options).logits
         self.seen += len(ids)
         return (logits[0] if every else logits[0, -1:]).float()
 
@@ -109,12 +110,10 @@ class Reader:
             (1, vocabulary), float32: its logits.
         """
         for index, (key, value) in enumerate(prefix.layers):
-            self.cache.update(key, value, index)
             if isinstance(self.cache, RazorCache):
-                layer = self.cache.layers[index]
-                assert layer.cache is not None  # update has created it
-                layer.cache.append(key.to(value.dtype), value)
-                layer.columns, layer.pending = prefix.tokens, False
+                self.cache.fill(index, key, value)
+            else:
+                self.cache.update(key, value, index)
         self.seen = prefix.tokens
         return prefix.logits
 
