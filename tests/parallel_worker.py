@@ -45,7 +45,7 @@ CHECKPOINTS: dict[str, Any] = {
 # Every kind of head, other ones on each rank, so that a wrong cut shows in answers and bytes.
 MIXED = Plan(
     sink_size=[[0, 4, 2, 3], [3, 0, 5, 0]],
-    window_size=[[FULL, 8, 12, 70], [17, FULL, 0, 9]],
+    window_size=[[FULL, 8, 12, 70], [17, FULL, 1, 9]],
     compensate=[[False, True, False, True], [True, False, True, True]],
 )
 RULE = Plan(MIXED.sink_size, MIXED.window_size, MIXED.compensate, window_fraction=0.4)

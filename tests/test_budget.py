@@ -28,7 +28,7 @@ def test_ranking_takes_the_highest_scores_of_both_kinds():
 
 
 @given(
-    st.permutations(range(6)), st.integers(1, 3000), st.floats(0, 1), st.booleans(), st.integers(0, 300),
+    st.permutations(range(6)), st.integers(1, 3000), st.floats(0, 1), st.booleans(), st.integers(1, 300),
     st.sampled_from([0.0, 0.2]), st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from([16, 64]),
 )  # fmt: skip
 def test_as_many_full_heads_as_a_budget_pays_for(order, length, budget, compensate, window, fraction, dtype, page_size):

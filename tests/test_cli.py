@@ -251,7 +251,9 @@ def test_generate_compares_with_the_full_cache(model, capsys):
     full, razor_text, *_ = capsys.readouterr().out.split("\n\n")
     assert full.splitlines()[0] == razor_text.splitlines()[0]
     assert 0 < len(full.splitlines()[0].split()) <= 9
-    assert "1.00 of the full cache's" in razor_text
+    sizes = re.findall(r"full cache(?:: |'s )(\S+ KB)", full + razor_text)
+    assert sizes == ["10.8 KB"] * 2  # one size, as transformers keeps 28 tokens
+    assert "2.29 of the full cache's" in razor_text  # whole pages of 64 tokens
     assert " tokens/s" in razor_text
 
 
@@ -261,7 +263,7 @@ def test_generate_stores_in_fewer_bits(model, capsys):
     for kv in ("int8", "int4"):
         razor("generate", model, "--plan", "full.json", "--prompt", TEXT, "--max-new-tokens", 9, "--kv", kv)
         shares[kv] = float(re.search(r", ([\d.]+) of the full cache's", capsys.readouterr().out)[1])
-    assert shares == {"int8": 0.38, "int4": 0.19}  # 12 and 6 bytes instead of 32, of head_dim 8 in float32
+    assert shares == {"int8": 0.86, "int4": 0.43}  # 64 rows of 12 and 6 bytes instead of 28 of 32
     code, error = fails(capsys, "generate", model, "--plan", "full.json", "--prompt", TEXT, "--kv", "int2")
     assert (code, error) == (2, "razor: --kv: expected one of int8, int4, got 'int2'\n")
 

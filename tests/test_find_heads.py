@@ -225,7 +225,7 @@ def test_find_heads_inside_attach(llama):
 
 def test_progress_bar(llama, capsys):
     find_heads(llama, tokenizer(), period=3, repeats=2)
-    assert "find_heads: 100%" in capsys.readouterr().err
+    assert "find_heads, 3 tokens x 2: 100%" in capsys.readouterr().err
     find_heads(llama, tokenizer(), period=3, repeats=2, progress=False)
     assert capsys.readouterr().err == ""
 

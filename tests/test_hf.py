@@ -340,7 +340,7 @@ def test_page_size_does_not_matter(llama, prefill):
 def test_cache_bytes_are_the_plans(dtype, page_size, prefill):
     """Around the edges of pages and rings, prefilled or decoded up to there, to the byte."""
     model = shared_model("llama", dtype)
-    plan = Plan([[0, 4, 16], [3, 0, 5]], [[FULL, 8, 48], [61, FULL, 0]], MIXED.compensate)
+    plan = Plan([[0, 4, 16], [3, 0, 5]], [[FULL, 8, 48], [61, FULL, 1]], MIXED.compensate)
     with attach(model, plan), torch.no_grad():
         for start in (1, 11, 15, 16, 62, 63, 64, 126, 190):
             cache = RazorCache(model.config, plan, prefill=prefill, page_size=page_size)

@@ -134,6 +134,35 @@ def test_gradients_are_refused(name: str) -> None:
         assert not ops.attention(**args).requires_grad
 
 
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op in OPS for name in ("query", "key")][:-1])
+def test_gradients_are_refused_by_the_dispatcher(op: str, name: str) -> None:
+    """Direct calls would lose them without a word: the output would say requires_grad, and backward do nothing."""
+    args = arguments(op)
+    name = name if name in args else "value"
+    args[name] = args[name].clone().requires_grad_()
+    inputs, keywords = positional(op, args)
+    call = getattr(torch.ops.razor, op)
+    refusal = f"razor::{op}: expected inputs that need no gradient, got one that does; call it under torch.no_grad()"
+    for run in (call, getattr(ops, op)):
+        with pytest.raises(NotImplementedError, match=f"^{re.escape(refusal)}$"):
+            run(*inputs, **keywords)
+    with torch.no_grad():
+        call(*inputs, **keywords)
+    with torch.inference_mode():
+        call(*inputs, **keywords)
+
+
+@pytest.mark.parametrize("call", [ops.head_scores, torch.ops.razor.head_scores], ids=["wrapper", "op"])
+def test_gradients_are_refused_in_compiled_code(call: Any) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, k: call(q * 2, k, 3, scale=1.0)[0] + 1, backend="aot_eager")
+    query, key = torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+    with pytest.raises(Exception, match="expected inputs that need no gradient, got one that does"):
+        compiled(query.requires_grad_(), key)
+    query.requires_grad_(False)
+    assert torch.equal(compiled(query, key), call(query * 2, key, 3, scale=1.0)[0] + 1)
+
+
 def test_scale_is_one_over_the_root_of_head_dim() -> None:
     args = arguments("attention") | {"scale": 8**-0.5}
     assert torch.equal(ops.attention(**args), ops.attention(**args | {"scale": None}))

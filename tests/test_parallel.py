@@ -181,12 +181,12 @@ def test_shards_are_the_plan_in_order_and_their_bytes_its_bytes(world_size, head
 
 def test_imbalance_of_known_plans():
     sizes = {"head_dim": 64, "dtype": torch.bfloat16}
-    one_sided = Plan.from_heads({0: [0, 1], 1: [0]}, num_layers=2, num_kv_heads=4, sink_size=0, min_window=0)
-    nothing = Plan.streaming(2, 4, 0, 0)
+    one_sided = Plan.from_heads({0: [0, 1], 1: [0]}, num_layers=2, num_kv_heads=4, sink_size=0, min_window=1)
     assert [Plan.full(2, 4).imbalance(n, 640, **sizes) for n in (1, 2, 4)] == [1, 1, 1]
-    assert nothing.imbalance(4, 640, **sizes) == 1
+    assert Plan.full(2, 4).imbalance(4, 0, **sizes) == 1  # nobody keeps anything yet
     rule = Plan(one_sided.sink_size, one_sided.window_size, torch.zeros_like(one_sided.compensate))
-    assert [rule.imbalance(n, 640, **sizes) for n in (1, 2, 4)] == [1, 2, pytest.approx(8 / 3)]
+    pages = [pytest.approx(31 * 2 / 35), pytest.approx(20 * 4 / 35)]  # 10 of each full head, 1 of the five others
+    assert [rule.imbalance(n, 640, **sizes) for n in (1, 2, 4)] == [1, *pages]
 
 
 @pytest.mark.parametrize(

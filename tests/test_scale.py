@@ -90,12 +90,13 @@ def test_devices_too_small_for_the_weights_hold_nothing():
 def test_imbalance_of_a_full_plan_and_of_one_full_head():
     row = scale.scale("llama-3-8b", "full", FULL, 4096, 16, capacity=64e9)
     assert row[-4:] == (1, 1, 1, 1)
-    nothing = Plan.streaming(32, 8, 0, 0)
+    nothing = Plan.streaming(32, 8, 0, 1)
     windows = nothing.window_size.clone()
-    windows[:, 0] = 640  # rank 0 holds all: dealing evens out memory, but a layer still waits for one rank
+    windows[:, 0] = 640  # rank 0 holds most: dealing evens out memory, but a layer still waits for one rank
     one = Plan(nothing.sink_size, windows, nothing.compensate)
     row = scale.scale("llama-3-8b", "one", one, 4096, 4, capacity=64e9)
-    assert row[-4:] == (4, 4, 1, 4)
+    most = round(11 * 4 / 17, 4)  # pages: 10 + 1 of 17, on one rank of four
+    assert row[-4:] == (most, most, 1, most)
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 5), st.data())

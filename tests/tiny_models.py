@@ -68,10 +68,10 @@ SIZES: dict[str, Any] = {
 OF_FAMILY: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": None}}
 LAYERS, KV_HEADS = SIZES["num_hidden_layers"], SIZES["num_key_value_heads"]
 
-# Every kind of head: full, with and without compensation, without sinks, without a window.
+# Every kind of head: full, with and without compensation, without sinks, with the smallest window.
 MIXED = Plan(
     sink_size=[[0, 4, 2], [3, 0, 5]],
-    window_size=[[FULL, 8, 12], [17, FULL, 0]],
+    window_size=[[FULL, 8, 12], [17, FULL, 1]],
     compensate=[[False, True, False], [True, False, True]],
 )
 

@@ -121,6 +121,14 @@ def _place(text: str) -> Path:
     return Path(text)
 
 
+def _pattern(text: str) -> Path:
+    if not Path(text).exists():
+        raise argparse.ArgumentTypeError(
+            f"expected DuoAttention's folder or its full_attention_heads.tsv, got {text!r}"
+        )
+    return Path(text)
+
+
 def _folder(text: str) -> Path:
     if Path(text).exists() and not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"expected a folder, got the file {text!r}")
@@ -161,7 +169,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--scores", type=_target, help="also write the scores of all heads, JSON")
     made.add_argument("--plot", type=_target, help="also draw the scores, PNG")
-    made.add_argument("--period", type=_integer(1), default=2500, help="random tokens of the probe (default: 2500)")
+    text = "random tokens of the probe (default: 2500, or what fits the model's positions)"
+    made.add_argument("--period", type=_integer(1), help=text)
     made.add_argument("--repeats", type=_integer(2), default=4, help="how often they are repeated (default: 4)")
     made.add_argument("--seed", type=_integer(0), default=0, help="of the random tokens (default: 0)")
     made.add_argument(
@@ -222,7 +231,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "scores of all heads (razor heads --scores): the highest that --budget pays for are full"
     group.add_argument("--scores", type=_source, help=text)
     group.add_argument("--windows", type=_source, help="window of each head of an ALiBi model, .pt")
-    group.add_argument("--gates", type=_source, help="DuoAttention's full_attention_heads.tsv: the highest are full")
+    text = "DuoAttention's folder, or its full_attention_heads.tsv: the highest gates are full"
+    group.add_argument("--gates", type=_pattern, help=text)
     group.add_argument("--streaming", action="store_true", help="no head is full (StreamingLLM)")
     group.add_argument("--full", action="store_true", help="every head is full")
     made.add_argument("--out", type=_target, default=Path("plan.json"), help="plan file (default: plan.json)")
@@ -231,15 +241,21 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--length", type=_integer(1), help="tokens at which the budget holds; scores only")
     made.add_argument("--layers", type=_integer(1), help="layers of the model, if it is not given")
     made.add_argument("--kv-heads", type=_integer(1), help="kv heads of each layer, likewise")
-    made.add_argument("--sink-size", type=_integer(0), help="first tokens kept (default: 4; 64 for gates)")
-    text = "last tokens kept (default: 4000; 256 for gates)"
+    made.add_argument(
+        "--sink-size", type=_integer(0), help="first tokens kept (default: 4; gates: their folder's, else 64)"
+    )
+    text = "last tokens kept (default: 4000; gates: their folder's, else 256)"
     made.add_argument("--window-size", "--min-window", type=_integer(0), help=text)
     made.add_argument(
         "--window-fraction", type=_share, help="of the prompt, if that is more; heads and scores (default: 0.2)"
     )
     text = "do without the row that stands for dropped tokens; heads and scores"
     made.add_argument("--no-compensation", action="store_const", const=True, help=text)
-    made.add_argument("--sparsity", type=_share, help="share of compressed heads; gates only (default: 0.5)")
+    made.add_argument(
+        "--sparsity",
+        type=_share,
+        help="share of compressed heads; gates only (default: what gates of 0 and 1 say, else 0.5)",
+    )
 
     made = add("inspect", command.inspect, "tell what a file of ours holds", "plan.json --length 4096 32768")
     made.add_argument("file", type=_source, metavar="FILE", help="plan, scores, heads or windows")
@@ -321,7 +337,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--task-file", type=_source, metavar="FILE", help="sentences of the tasks, JSON (default: English)"
     )
-    text = "scores of all heads, JSON (default: find them, with a probe of 2500 x 4 tokens)"
+    text = "scores of all heads, JSON (default: find them, as razor heads does)"
     made.add_argument("--scores", type=_source, metavar="FILE", help=text)
     made.add_argument("--sink-size", type=_integer(0), default=4, help="first tokens kept (default: 4)")
     text = "least window of heads that are not full; what a budget leaves widens it (default: 60)"

@@ -17,7 +17,7 @@ import torch
 from . import FULL, HeadScores, Plan, __version__, files
 from .atb import OFFSETS as OFFSETS
 from .export import TARGETS as TARGETS
-from .export import export_plan, mindie_heads
+from .export import export_plan, load_duo, mindie_heads
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LENGTHS = (4096, 8192, 16384, 32768, 131072)  # tokens, where sizes are shown
@@ -28,7 +28,7 @@ _POLICY: dict[str, dict[str, Any]] = {  # source of a plan -> the policy flags t
         **{"budget": None, "length": None},
     },
     "windows": {},
-    "gates": {"sink_size": 64, "window_size": 256, "sparsity": 0.5},
+    "gates": {"sink_size": None, "window_size": None, "sparsity": None},  # what the gates' folder says
     "streaming": {"sink_size": 4, "window_size": 4000},
     "full": {},
 }
@@ -40,7 +40,7 @@ def heads(arguments: Namespace) -> None:
     from .hf.models import load_model
 
     plot = _bench("plot").plot_scores if arguments.plot else None
-    probe = {"period": arguments.period, "repeats": arguments.repeats, "seed": arguments.seed}
+    probe: dict[str, Any] = {"period": arguments.period, "repeats": arguments.repeats, "seed": arguments.seed}
     if arguments.dtype == "auto":
         scores = find_heads(arguments.model, **probe)  # used as they are stored, weights can stay in their files
     else:
@@ -52,6 +52,7 @@ def heads(arguments: Namespace) -> None:
     if plot:
         plot(scores, chosen, arguments.plot)
     _print_scores(scores, chosen)
+    print(f"probe: {scores.provenance['period']} random tokens x {scores.provenance['repeats']}")
     print(f"wrote {', '.join(str(path) for path in (arguments.out, arguments.scores, arguments.plot) if path)}")
 
 
@@ -65,7 +66,7 @@ def windows(arguments: Namespace) -> None:
     method, mass = arguments.method, None
     if arguments.text:
         model, tokenizer = load_model(arguments.model, arguments.dtype)
-        ids = tokenizer(arguments.text.read_text(), return_tensors="pt").input_ids[:, : arguments.tokens]
+        ids = tokenizer(_text(arguments.text), return_tensors="pt").input_ids[:, : arguments.tokens]
         mass = dropped_mass(model, ids)  # [layers, heads, tokens + 1]
     elif method == "calibrated":
         raise ValueError("--text: expected a file with --method calibrated, got none")
@@ -103,19 +104,17 @@ def gates(arguments: Namespace) -> None:
 
     if not arguments.out.absolute().parent.is_dir():  # checked before the work, not after it
         raise ValueError(f"--out: expected a folder in an existing folder, got {str(arguments.out)!r}")
-    model, tokenizer = load_model(arguments.model, arguments.dtype)
     names = "sink_size", "window_size", "steps", "learning_rate", "l1", "seed", "checkpoint", "recompute"
     options: dict[str, Any] = {name: getattr(arguments, name) for name in names}
-    if arguments.text:
-        options["text"] = arguments.text.read_text()
-    else:
-        options["samples"] = read_samples(arguments.samples, tokenizer)
+    text = _text(arguments.text) if arguments.text else None
+    model, tokenizer = load_model(arguments.model, arguments.dtype)
+    options |= {"samples": read_samples(arguments.samples, tokenizer)} if text is None else {"text": text}
     trained = train_gates(model, tokenizer, **options)
     trained.save(arguments.out)
     for layer, row in enumerate(trained.gates.tolist()):
         print(f"{layer:>5}  " + " ".join(f"{gate:.2f}" for gate in row))
     print("1 full, 0 sinks + window; one column for each kv head")
-    print(f"wrote {arguments.out}; next: razor plan --gates {arguments.out}/full_attention_heads.tsv")
+    print(f"wrote {arguments.out}; next: razor plan --gates {arguments.out}")
 
 
 def plan(arguments: Namespace) -> None:
@@ -134,7 +133,8 @@ def plan(arguments: Namespace) -> None:
     if geometry:
         made.check_model(geometry.num_layers, geometry.num_kv_heads)
     file = getattr(arguments, source)
-    made.provenance.update({"method": source, **policy, "version": __version__})
+    said = {name: value for name, value in policy.items() if value is not None}
+    made.provenance.update({"method": source, **said, "version": __version__})
     made.provenance.update({"file": file.name} if isinstance(file, Path) else {})
     made.provenance.update({"model": arguments.model.resolve().name} if arguments.model else {})
     made.save(arguments.out)
@@ -188,18 +188,26 @@ def generate(arguments: Namespace) -> None:
     """Generate greedily with the plan's cache, and with the full one too to compare. Under torchrun each process
     runs its part of the model, and the first one tells."""
     from . import attach
-    from .hf.models import load_model
+    from .hf.models import load_model, text_config
     from .hf.names import output_cache
     from .hf.parallel import kv_shard
 
     text = arguments.prompt
     if text is None:
-        text = sys.stdin.read() if arguments.stdin else arguments.prompt_file.read_text()
+        text = sys.stdin.read() if arguments.stdin else _text(arguments.prompt_file)
     loaded = Plan.load(arguments.plan)
     model, tokenizer = load_model(arguments.model, "auto", parallel=True)
     ids = tokenizer(text, return_tensors="pt").input_ids.to(model.device)
     if ids.shape[1] == 0:
         raise ValueError(f"prompt: expected at least one token, got {text!r}")
+    longest = getattr(text_config(model.config), "max_position_embeddings", None)
+    if longest is not None and ids.shape[1] + arguments.max_new_tokens > longest:
+        got = f"{ids.shape[1]} + {arguments.max_new_tokens}"
+        warnings.warn(
+            f"prompt: expected at most {longest} tokens with the answer, the positions that this model knows, got "
+            f"{got}; a smaller cache does not give it more of them",
+            stacklevel=2,
+        )
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": arguments.max_new_tokens}
     if arguments.chunk:
         options["prefill_chunk_size"] = arguments.chunk
@@ -218,12 +226,11 @@ def generate(arguments: Namespace) -> None:
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
     where = " on the first process" if kv_shard(model.config)[1] > 1 else ""
-    if full is not None:
-        full_bytes = sum(tensor.nbytes for layer in full.layers for tensor in (layer.keys, layer.values))
-        print(f"{full_answer}\nfull cache: {_size(full_bytes)} of KV{where}; {full_clock}\n")
     layer: Any = cache.layers[0].cache
-    tokens, whole = int(layer.seen[0]), Plan.full(cache.plan.num_layers, cache.plan.num_kv_heads)
-    full_bytes = whole.kv_bytes(tokens, head_dim=layer.head_dim, dtype=model.dtype)
+    tokens, heads = int(layer.seen[0]), cache.plan.num_layers * cache.plan.num_kv_heads
+    full_bytes = 2 * tokens * heads * layer.head_dim * model.dtype.itemsize  # as transformers keeps it, without pages
+    if full is not None:
+        print(f"{full_answer}\nfull cache: {_size(full_bytes)} of KV{where}; {full_clock}\n")
     share = f"{cache.nbytes / full_bytes:.2f} of the full cache's {_size(full_bytes)}"
     print(f"{answer}\nrazor: {_size(cache.nbytes)} of KV for {tokens} tokens{where}, {share}; {clock}")
 
@@ -232,16 +239,16 @@ def evaluate(arguments: Namespace) -> None:
     """Ask generated questions with the cache kept in different ways; results.csv and pictures of it."""
     from . import find_heads
     from .hf import eval as hf_eval
-    from .hf.models import geometry, load_model, text_config
+    from .hf.models import geometry, load_model
 
     plot, out = _bench("plot_eval").plot_eval, arguments.out
+    text = _text(arguments.text) if arguments.text else None
     model, tokenizer = load_model(arguments.model, arguments.dtype)
-    longest = getattr(text_config(model.config), "max_position_embeddings", None) or 10**9
 
     def scores() -> HeadScores:
         if arguments.scores:
             return HeadScores.load(arguments.scores)
-        found = find_heads(model, tokenizer, period=min(2500, (longest - 1) // 4))
+        found = find_heads(model, tokenizer)
         out.mkdir(parents=True, exist_ok=True)
         found.save(out / "scores.json")
         return found
@@ -264,7 +271,7 @@ def evaluate(arguments: Namespace) -> None:
         seed=arguments.seed,
         depths=arguments.depths,
         prefill=arguments.prefill,
-        text=arguments.text.read_text() if arguments.text else None,
+        text=text,
         **({"task_file": hf_eval.TaskFile.load(arguments.task_file)} if arguments.task_file else {}),
     )
     sources = {name: str(getattr(arguments, name) or "") for name in ("text", "scores", "dtype")}
@@ -298,6 +305,14 @@ def demo(arguments: Namespace) -> None:
 def bench(arguments: Namespace) -> None:
     """Time the main figures on this machine."""
     _bench("quick").run(threads=arguments.threads)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(f"{path}: expected text in UTF-8, got byte {byte:#x} at place {error.start}") from error
 
 
 class _Clock:
@@ -359,7 +374,7 @@ def _make_plan(
     if source == "windows":
         return Plan.from_windows(files.load_windows(file), **size)
     if source == "gates":
-        made = Plan.from_gates(files.load_gates(file), sparsity=policy["sparsity"], sink_size=sinks, window_size=window)
+        made = load_duo(file, **policy)
         made.check_model(layers or made.num_layers, kv_heads or made.num_kv_heads)
         return made
     return Plan.streaming(sink_size=sinks, window_size=window, **size)

@@ -258,9 +258,44 @@ def save_duo(plan: Plan, folder: files.PathLike) -> None:
     shared = _shared(plan, "DuoAttention", final=True)
     if shared is not None and shared.compensate:
         raise ValueError("plan: expected no compensation, which DuoAttention does not know, got some")
-    sink, window = (0, 0) if shared is None else shared[:2]
+    sinks = plan.sink_size.unique().tolist()  # of no effect where all heads are full, but they come back
+    sink, window = (sinks[0] if len(sinks) == 1 else 0, 0) if shared is None else shared[:2]
     files.save_gates(
         plan.is_full.double(), folder, sink_size=sink, window_size=window, provenance={"provenance": plan.provenance}
+    )
+
+
+def load_duo(
+    path: files.PathLike,
+    *,
+    sparsity: float | None = None,
+    sink_size: int | None = None,
+    window_size: int | None = None,
+) -> Plan:
+    """Read DuoAttention's pattern folder, or its full_attention_heads.tsv alone, as a plan; what `save_duo` wrote comes
+    back as it was.
+
+    Args:
+        path: folder or file.
+        sparsity: share of the heads that is compressed; None: what the gates say if each is 0 or 1, else 0.5.
+        sink_size, window_size: first and last tokens that the compressed heads keep; None: as config.json beside the
+            gates says, or 64 and 256 where there is none.
+    Returns:
+        The plan.
+    Raises:
+        ValueError: gates.tsv: expected 8 numbers in line 2 like in line 1, got 7
+    """
+    gates = files.load_gates(path)
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    sizes = files.load_gate_sizes(folder) if files.has_gate_sizes(folder) else (64, 256)
+    chosen: dict[str, Any] = {"sparsity": sparsity}
+    if sparsity is None:
+        chosen = {"threshold": 0.5} if bool(((gates == 0) | (gates == 1)).all()) else {"sparsity": 0.5}
+    return Plan.from_gates(
+        gates,
+        **chosen,
+        sink_size=sizes[0] if sink_size is None else sink_size,
+        window_size=sizes[1] if window_size is None else window_size,
     )
 
 

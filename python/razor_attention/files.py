@@ -232,6 +232,11 @@ def load_gates(path: PathLike) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
+def has_gate_sizes(folder: PathLike) -> bool:
+    """Whether a folder has the config.json that `load_gate_sizes` reads."""
+    return (Path(folder) / _GATES_CONFIG).is_file()
+
+
 def load_gate_sizes(folder: PathLike) -> tuple[int, int]:
     """Read what the compressed half of the heads was trained with from DuoAttention's pattern folder.
 
@@ -243,7 +248,7 @@ def load_gate_sizes(folder: PathLike) -> tuple[int, int]:
         ValueError: duo/config.json: expected the key 'sink_size', got a file without it
     """
     file = Path(folder) / _GATES_CONFIG
-    if not file.is_file():
+    if not has_gate_sizes(folder):
         raise ValueError(f"{folder}: expected a folder with {_GATES_CONFIG}, got none")
     record, sizes = read_json(file), []
     for key in ("sink_size", "recent_size"):

@@ -2,10 +2,14 @@
 """torch.ops.razor.*: documented wrappers, fake implementations, and the reference on devices without kernels.
 
 Schemas and CPU implementations are registered by `cpp/bindings/torch_ops.cpp`. Any other device runs `reference.py`:
-correct and slow. None of the ops has a backward.
+correct and slow. None of the ops has a backward: inputs that need a gradient are refused by the dispatcher's Autograd
+key. The wrappers here ask the same at less cost and go past that key, whose kernels are in Python.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,8 +92,8 @@ def attention(
         ValueError: query: expected dtype float32 like key, got bfloat16
         NotImplementedError: razor::attention: expected inputs that need no gradient, got one that does
     """
-    _refuse_gradients("attention", query, key, value)
-    return torch.ops.razor.attention(  # type: ignore[no-any-return]
+    return _call(  # type: ignore[no-any-return]
+        "attention",
         query,
         key,
         value,
@@ -154,8 +158,8 @@ def append(
     Raises:
         ValueError: page_table: expected at least 3 pages for sequence 0, kv head 1, got 2
     """
-    _refuse_gradients("append", key, value)
-    torch.ops.razor.append(
+    _call(
+        "append",
         key,
         value,
         key_pages,
@@ -192,9 +196,8 @@ def head_scores(query: Tensor, key: Tensor, period: int, *, scale: float | None 
     Raises:
         ValueError: period: expected a value >= 1, got 0
     """
-    _refuse_gradients("head_scores", query, key)
     scale = _scale(query) if scale is None else scale
-    return torch.ops.razor.head_scores(query, key, period, scale=scale)  # type: ignore[no-any-return]
+    return _call("head_scores", query, key, period, scale=scale)  # type: ignore[no-any-return]
 
 
 def alibi_windows(
@@ -233,9 +236,8 @@ def alibi_windows(
         ValueError: query: expected finite products with key, got inf in head 3
         NotImplementedError: razor::alibi_windows: expected inputs that need no gradient, got one that does
     """
-    _refuse_gradients("alibi_windows", query, key)
-    return torch.ops.razor.alibi_windows(  # type: ignore[no-any-return]
-        query, key, slopes, bound, theta=theta, alpha=alpha, method=method
+    return _call(  # type: ignore[no-any-return]
+        "alibi_windows", query, key, slopes, bound, theta=theta, alpha=alpha, method=method
     )
 
 
@@ -244,11 +246,33 @@ def _scale(query: Tensor) -> float:
     return float(max(query.shape[-1] if query.dim() else 1, 1) ** -0.5)
 
 
-def _refuse_gradients(op: str, *tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+def _call(name: str, *args: object, **options: object) -> Any:
+    """An op without its Autograd kernel; refuses gradients itself."""
+    _refuse_gradients(name, *args, *options.values())
+    op = getattr(torch.ops.razor, name)
+    if torch.compiler.is_compiling():
+        return op(*args, **options)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args, **options)
+
+
+def _refuse_gradients(name: str, *values: object) -> None:
+    if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values):
         raise NotImplementedError(
-            f"razor::{op}: expected inputs that need no gradient, got one that does; call it under torch.no_grad()"
+            f"razor::{name}: expected inputs that need no gradient, got one that does; call it under torch.no_grad()"
         )
+
+
+def _autograd(name: str) -> Callable[..., Any]:
+    """What the op does at the Autograd key, where direct calls of torch.ops.razor arrive."""
+    op = getattr(torch.ops.razor, name).default
+
+    def refuse_and_go_on(keys: Any, *args: object, **options: object) -> Any:
+        _refuse_gradients(name, *args, *options.values())
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keys & torch._C._after_autograd_keyset, *args, **options)
+
+    return refuse_and_go_on
 
 
 def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *cache: Tensor, **options: object) -> Tensor:
@@ -303,4 +327,5 @@ for _name, _reference, _fake in (
     ("alibi_windows", _alibi_windows_reference, _alibi_windows_fake),
 ):
     _library.impl(_name, _reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _library.impl(_name, _autograd(_name), "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"razor::{_name}", _fake, lib=_library)

@@ -30,7 +30,7 @@ class Plan:
     Args:
         sink_size: (num_layers, num_kv_heads), int32 or nested lists, tokens. First tokens kept.
         window_size: (num_layers, num_kv_heads), int32 or nested lists, tokens. Last tokens kept, the query's own
-            included; FULL keeps all.
+            included, so at least 1 unless window_fraction will widen it; FULL keeps all.
         compensate: (num_layers, num_kv_heads), bool or nested lists. Becomes False for full heads, which drop nothing.
         window_fraction: in [0, 1]; 0 when the windows are final.
         provenance: where the plan comes from, as JSON values: model, method, parameters, seed, package version.
@@ -54,13 +54,16 @@ class Plan:
         for name, table in (("sink_size", sinks), ("window_size", windows)):
             if (bad := (table < 0) | (table > FULL)).any():
                 raise ValueError(f"{name}: expected 0..{FULL} tokens, got {table[bad][0]}")
+        fraction = check_share("window_fraction", self.window_fraction)
+        if fraction == 0 and (windows == 0).any():
+            raise ValueError("window_size: expected at least 1 token, the query's own, got 0")
         if (over := (windows != FULL) & (sinks + windows > FULL)).any():
             got = f"{sinks[over][0]} + {windows[over][0]}"
             raise ValueError(f"window_size: expected sink_size + window_size <= {FULL}, got {got}")
         object.__setattr__(self, "sink_size", sinks.int())
         object.__setattr__(self, "window_size", windows.int())
         object.__setattr__(self, "compensate", compensate & (windows != FULL))
-        object.__setattr__(self, "window_fraction", check_share("window_fraction", self.window_fraction))
+        object.__setattr__(self, "window_fraction", fraction)
         object.__setattr__(self, "provenance", check_dict("provenance", self.provenance))
 
     @classmethod
@@ -86,7 +89,7 @@ class Plan:
         Returns:
             The plan.
         Raises:
-            ValueError: window_size: expected an integer >= 0, got -1
+            ValueError: window_size: expected at least 1 token, the query's own, got 0
         """
         shape = check_int("num_layers", num_layers, 1), check_int("num_kv_heads", num_kv_heads, 1)
         sinks, windows = check_int("sink_size", sink_size, 0), check_int("window_size", window_size, 0)
@@ -118,7 +121,9 @@ class Plan:
         Raises:
             ValueError: heads: expected kv heads of 4 layers x 4 kv heads, got some that need 32 x 8
         """
-        plan = cls.streaming(num_layers, num_kv_heads, sink_size, check_int("min_window", min_window, 0))
+        shape = check_int("num_layers", num_layers, 1), check_int("num_kv_heads", num_kv_heads, 1)
+        sinks = torch.full(shape, check_int("sink_size", sink_size, 0))
+        windows = torch.full(shape, check_int("min_window", min_window, 0))
         if not isinstance(compensate, bool):
             raise TypeError(f"compensate: expected a bool, got {compensate!r}")
         union = merge_heads(heads)
@@ -127,9 +132,8 @@ class Plan:
             wanted = f"kv heads of {num_layers} layers x {num_kv_heads} kv heads"
             raise ValueError(f"heads: expected {wanted}, got some that need {need[0]} x {need[1]}")
         for layer, row in union.items():
-            plan.window_size[layer, row] = FULL
-        rest = torch.full_like(plan.compensate, compensate)
-        return cls(plan.sink_size, plan.window_size, rest, window_fraction, provenance or {})
+            windows[layer, row] = FULL
+        return cls(sinks, windows, torch.full(shape, compensate), window_fraction, provenance or {})
 
     @classmethod
     def from_windows(
@@ -181,9 +185,9 @@ class Plan:
             ValueError: sparsity, threshold: expected exactly one of the two, got both
         """
         full = full_gates(gates, sparsity=sparsity, threshold=threshold)
-        plan = cls.streaming(full.shape[0], full.shape[1], sink_size, window_size)
-        windows = plan.window_size.masked_fill(full, FULL)
-        return replace(plan, window_size=windows, provenance=provenance or {})
+        sinks, window = check_int("sink_size", sink_size, 0), check_int("window_size", window_size, 0)
+        windows = torch.full(full.shape, window).masked_fill(full, FULL)
+        return cls(torch.full(full.shape, sinks), windows, torch.zeros_like(full), provenance=provenance or {})
 
     @classmethod
     def from_ranking(
@@ -267,7 +271,7 @@ class Plan:
         Raises:
             ValueError: prompt_len: expected an integer >= 0, got -1
         """
-        least = ceil_share(self.window_fraction, check_int("prompt_len", prompt_len, 0))
+        least = max(1, ceil_share(self.window_fraction, check_int("prompt_len", prompt_len, 0)))
         if self.window_fraction == 0:
             return self
         windows = self.window_size.long().clamp(min=least)

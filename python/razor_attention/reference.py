@@ -293,7 +293,8 @@ def alibi_windows(
         if largest == torch.inf or (method == "per_head" and not largest.isfinite()):
             raise ValueError(f"query: expected finite products with key, got {largest.item():g} in head {h}")
         before = torch.zeros_like(slope) if bound is None else bound[h]
-        after = torch.maximum(before, largest.sqrt()) if largest > 0 else before
+        # Rounded once: a float32 root is not correctly rounded by every CPU's torch.
+        after = torch.maximum(before, largest.double().sqrt().float()) if largest > 0 else before
         if method == "per_head":
             exact = (after.item() - log_theta + alpha) / slope.item()
             window = min(max(int(-(-exact // 1)), 1), FULL)

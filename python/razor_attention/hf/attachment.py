@@ -72,16 +72,24 @@ class attach(_NotCopied, ContextDecorator):
         if not callable(getattr(model, "generate", None)):
             raise TypeError(f"model: expected one that can generate, got {type(model).__name__}")
         # Refuses what it cannot do before the model is touched.
+        if "PREFIX_TUNING" in str(getattr(getattr(model, "active_peft_config", None), "peft_type", "")):
+            raise NotImplementedError(
+                "model: expected one without keys and values of its own, got one with prefix tuning, which brings a "
+                "cache of its prefix"
+            )
         self._options: dict[str, Any] = {"prefill": prefill, "kv_dtype": kv_dtype, "rotate_keys": rotate_keys}
         self._options |= {"exact_sink": exact_sink, "exact_window": exact_window}
         RazorCache(model.config, plan, **self._options)
         self.model, self.plan = model, plan
+        self._block = Block(is_open=False)
         self._running: list[int] = []  # threads in `generate`
         self._idle = threading.Condition()
         self._entered = False
 
     def __enter__(self) -> PreTrainedModel:
         self._entered = True
+        if self._block.open:
+            raise ValueError("attach: expected a block that is not open, got one inside itself; call attach again")
         with ExitStack() as undo:
             undo.enter_context(self._switch)
             self._block = Block()
@@ -126,7 +134,7 @@ class attach(_NotCopied, ContextDecorator):
     def _cache(self, prompt_len: int | None) -> RazorCache:
         return RazorCache(self.model.config, self.plan, prompt_len=prompt_len, **self._options)
 
-    def generate(self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _generate_compressed(self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's own `generate` with a RazorCache."""
         kwargs = dict(rename_cache(kwargs))
         config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
@@ -202,7 +210,7 @@ class _Generate(_NotCopied):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.blocks:  # a shallow copy of the model took this out of the last block
             return self._own(*args, **kwargs)
-        return self.blocks[-1].generate(self._own, args, kwargs)
+        return self.blocks[-1]._generate_compressed(self._own, args, kwargs)
 
 
 def _wants_cache(text: Any, given: bool | None, *configs: Any) -> bool:

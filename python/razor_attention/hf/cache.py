@@ -35,6 +35,7 @@ class Block:
         self.open = is_open
 
     def close(self) -> None:
+        """No cache is filled in this block any more."""
         self.open = False
 
     def __deepcopy__(self, _: object) -> Block:

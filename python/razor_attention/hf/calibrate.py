@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from .. import ops
+from ..checks import check_int
 from ..heads import HeadScores, probe_ids
 from .alibi import alibi_architecture
 from .checkpoint import mapped_model, read_config
@@ -82,11 +83,19 @@ def _prefix(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
     return int(ids[-1])
 
 
+def _period(longest: int | None, repeats: int) -> int:
+    """2500, or what fits a model of `longest` positions."""
+    period = 2500 if longest is None else min(2500, (longest - 1) // check_int("repeats", repeats, 2))
+    if period < 1:
+        raise ValueError(f"repeats: expected less than the model's {longest} positions, got {repeats}")
+    return period
+
+
 def find_heads(
     model: PreTrainedModel | str | os.PathLike[str],
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    period: int = 2500,
+    period: int | None = None,
     repeats: int = 4,
     seed: int = 0,
     vocabulary: Sequence[int] | None = None,
@@ -102,7 +111,8 @@ def find_heads(
         model: a decoder model that uses AttentionInterface, or the folder of its checkpoint; weights that are no
             safetensors are copied to a temporary folder first.
         tokenizer: the model's tokenizer: vocabulary, special tokens and prefix. None: the one in the folder.
-        period: tokens before the prompt repeats.
+        period: tokens before the prompt repeats. None: 2500, or what fits the model's positions; the progress bar and
+            the provenance say which. A longer probe than the model has positions for is warned of.
         repeats: copies of the block, at least 2.
         seed: of the block.
         vocabulary: ids that the block is drawn from; None: all of the tokenizer's but the special ones.
@@ -136,14 +146,16 @@ def find_heads(
         raise ValueError(
             f"vocabulary: expected ids from 0 to {config.vocab_size - 1}, got {min(vocabulary)} to {max(vocabulary)}"
         )
-    ids = probe_ids(vocabulary, _prefix(tokenizer, config.vocab_size), period=period, repeats=repeats, seed=seed)
     longest = getattr(config, "max_position_embeddings", None)
+    period = _period(longest, repeats) if period is None else period
+    ids = probe_ids(vocabulary, _prefix(tokenizer, config.vocab_size), period=period, repeats=repeats, seed=seed)
     if longest is not None and len(ids) > longest:
         warnings.warn(
             f"period * repeats: expected at most {longest - 1} tokens for this model, got {len(ids) - 1}", stacklevel=2
         )
 
-    with switch, tqdm(total=sizes.num_layers, desc="find_heads", unit="layer", disable=not progress or rank > 0) as bar:
+    description = f"find_heads, {period} tokens x {repeats}"
+    with switch, tqdm(total=sizes.num_layers, desc=description, unit="layer", disable=not progress or rank > 0) as bar:
         probe = Probe(period, bar)
         token = _running.set(probe)
         try:

@@ -90,10 +90,22 @@ def mapped_model(folder: Path) -> Iterator[PreTrainedModel]:
     with TemporaryDirectory() as scratch:
         options = {"dtype": "auto", "device_map": places, "offload_folder": scratch, "local_files_only": True}
         try:
-            model = auto.from_pretrained(folder, **options)
+            model = from_folder(auto, folder, **options)
         except OSError as error:
             raise ValueError(f"model: expected a checkpoint in {folder}, got {error}") from error
         yield model.eval()
+
+
+def from_folder(auto: Any, folder: Path, **options: Any) -> Any:
+    """`auto.from_pretrained`, but a weight that the checkpoint lacks is an error and not a random one.
+
+    Raises:
+        ValueError: model: expected the weight model.layers.0.self_attn.k_proj.weight in my-model, got none
+    """
+    model, info = auto.from_pretrained(folder, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"model: expected the weight {missing[0]} in {folder}, got none")
+    return model
 
 
 def _keys(file: Path) -> list[str]:

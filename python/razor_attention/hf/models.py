@@ -22,10 +22,35 @@ from transformers import (
 )
 
 from .alibi import alibi_architecture
+from .checkpoint import from_folder
 from .masks import refuse_other_mask
 from .names import MODEL_MAPPING, DistributedConfig, layer_kinds
 
 T = TypeVar("T")
+
+# By model_type: what the layers of a family do that our attention function does not, or cannot see.
+_REFUSED = {
+    "bigbird_pegasus": "layers that do not say that they are causal",
+    "diffllama": "differential attention, which attends twice to one call's keys",
+    "doge": "attention with a mask of its own for each head",
+    "git": "tokens of an image that see each other",
+    "jetmoe": "keys repeated for each expert after they were cached",
+    "mllama_text_model": "layers of cross attention to an image",
+    "openai-gpt": "no cache",
+}
+_ONE_FOR_ALL = {
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_size",
+    "kv_lora_rank",
+    "sliding_window",
+}
+# Encoders by default, which read both ways; with is_decoder they are decoders like any other.
+_ENCODERS = {
+    *("bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie", "roberta", "roberta-prelayernorm"),
+    *("roc_bert", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+}
 Tokenizer = PreTrainedTokenizerBase  # for rooms that do not import transformers
 
 
@@ -53,6 +78,16 @@ def geometry(config: PreTrainedConfig) -> Geometry:
     if getattr(config, "is_encoder_decoder", False):
         raise NotImplementedError("config: expected a decoder-only model, got an encoder-decoder one")
     text = text_config(config)
+    if reason := _REFUSED.get(text.model_type) or _REFUSED.get(config.model_type):
+        raise NotImplementedError(f"config: expected plain causal attention, got {text.model_type}: {reason}")
+    if text.model_type in _ENCODERS and not getattr(text, "is_decoder", False):
+        raise NotImplementedError(
+            f"config: expected is_decoder True, got False; {text.model_type} then reads both ways"
+        )
+    if varied := sorted(_ONE_FOR_ALL & set(getattr(text, "per_layer_attributes", None) or ())):
+        raise NotImplementedError(
+            f"config: expected the same sizes in all layers, got {', '.join(varied)} layer by layer"
+        )
     if getattr(text, "num_attention_heads", None) is None or getattr(text, "num_hidden_layers", None) is None:
         got = f"{text.model_type} without num_attention_heads or num_hidden_layers"
         raise NotImplementedError(f"config: expected a decoder with layers of attention heads, got {got}")
@@ -65,6 +100,10 @@ def geometry(config: PreTrainedConfig) -> Geometry:
         raise NotImplementedError(
             f"config: expected only full_attention layers, got {', '.join(sorted(kinds))}; "
             "such layers keep a window, a state or a shared cache of their own"
+        )
+    if shared := getattr(text, "num_kv_shared_layers", None):
+        raise NotImplementedError(
+            f"config: expected keys and values of each layer, got {shared} layers that share theirs"
         )
     if softcap := getattr(text, "attn_logit_softcapping", None):
         raise NotImplementedError(
@@ -120,10 +159,10 @@ def load_model(folder: Path, dtype: str, *, parallel: bool = False) -> tuple[Pre
         options["distributed_config"] = DistributedConfig(tp_plan="auto")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        model = from_folder(AutoModelForCausalLM, folder, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"MODEL: expected a model and its tokenizer in {folder}, got {error}") from error
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
     return model, tokenizer
 
 
