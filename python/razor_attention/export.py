@@ -258,7 +258,7 @@ def save_duo(plan: Plan, folder: files.PathLike) -> None:
     shared = _shared(plan, "DuoAttention", final=True)
     if shared is not None and shared.compensate:
         raise ValueError("plan: expected no compensation, which DuoAttention does not know, got some")
-    sinks = plan.sink_size.unique().tolist()  # of no effect where all heads are full, but they come back
+    sinks = sorted(set(plan.sink_size.flatten().tolist()))  # of no effect where all heads are full, but they come back
     sink, window = (sinks[0] if len(sinks) == 1 else 0, 0) if shared is None else shared[:2]
     files.save_gates(
         plan.is_full.double(), folder, sink_size=sink, window_size=window, provenance={"provenance": plan.provenance}
