@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from razor_attention import LayerCache, Plan, cli, find_heads
 from razor_attention.export import load_duo, save_duo
@@ -16,7 +17,7 @@ from razor_attention.files import save_gates
 from razor_attention.hf.models import load_model
 from razor_attention.ra_compression import RARopeCompressConfig, RARopeCompressor
 from test_find_heads import tokenizer
-from tiny_models import tiny_model
+from tiny_models import SIZES, tiny_model
 
 MODEL = Path(__file__).parents[1] / "bench/model"
 
@@ -115,6 +116,14 @@ def test_a_checkpoint_without_a_weight_is_named(tmp_path):
     message = f"model: expected the weight {gone} in {folder}, got none"
     with pytest.raises(ValueError, match=re.escape(message)):
         load_model(folder, "auto")
+
+
+def test_a_folder_of_another_kind_of_model_is_named(tmp_path):
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlavaConfig(vision_config=CLIPVisionConfig(**vision), text_config=LlamaConfig(**SIZES)).save_pretrained(tmp_path)
+    message = f"model: expected a causal language model in {tmp_path}, got llava; "
+    with refused(f"{message}load it with its own class and give the model"):
+        find_heads(tmp_path, tokenizer(), period=20, progress=False)
 
 
 @pytest.mark.parametrize("command", ["generate", "gates", "eval"])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..files import read_json
-from .names import CONFIG_MAPPING
+from .names import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 Reader = Callable[[], Tensor]
 _NAMES = ("model.safetensors", "pytorch_model.bin")
@@ -78,6 +78,11 @@ def mapped_model(folder: Path) -> Iterator[PreTrainedModel]:
     if isinstance(config, SimpleNamespace):
         got = getattr(config, "model_type", "none")
         raise ValueError(f"model: expected a model_type that transformers knows, got {got} in {folder}")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"model: expected a causal language model in {folder}, got {config.model_type}; "
+            "load it with its own class and give the model"
+        )
     auto: Any = AutoModelForCausalLM  # untyped
     with torch.device("meta"):
         empty = auto.from_config(config)
