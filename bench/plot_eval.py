@@ -42,6 +42,11 @@ def family(method: str) -> str:
     return re.sub(r"^random-\d+$", "random", method)
 
 
+def label(method: str) -> str:
+    """A method's name in a picture: of a file, the file's name without its folders."""
+    return re.sub(r"=[^,]*/", "=", method)
+
+
 def together(rows: Iterable[Row]) -> tuple[int, int]:
     """Right answers and answers of several rows."""
     several = list(rows)
@@ -74,7 +79,7 @@ def _needle_map(rows: list[Row], target: Path) -> None:
             axes.tick_params(labelsize="x-small")
             if y == 0:
                 axes.set_title(budget, fontsize="small")
-        grid[y, 0].set_ylabel(name, fontsize="small", rotation=0, ha="right", va="center")
+        grid[y, 0].set_ylabel(label(name), fontsize="small", rotation=0, ha="right", va="center")
     figure.suptitle("needles found, by depth and tokens; share of the full cache's bytes above", fontsize="small")
     figure.colorbar(image, ax=grid, shrink=0.6)
     figure.savefig(target, format="png", dpi=120)
@@ -106,7 +111,7 @@ def _curves(rows: list[Row], target: Path) -> None:
                 size_mb, values, below, above = zip(*sorted(points), strict=True)
                 style = {"marker": "osv^D*xP"[number % 8], "color": f"C{number % 10}", "markersize": 4, "capsize": 2}
                 errors = [[max(0.0, e) for e in side] for side in (below, above)]
-                axes.errorbar(size_mb, values, yerr=errors, label=name, **style)
+                axes.errorbar(size_mb, values, yerr=errors, label=label(name), **style)
         axes.set_title(f"{task}, {length} tokens", fontsize="medium")
         axes.set_xlabel("KV cache, MB")
         axes.set_ylabel("perplexity" if task == "perplexity" else "accuracy")

@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# Examples are the same on every run; `pytest --hypothesis-profile=explore` looks for new ones.
+# Examples are the same on every run; `--hypothesis-profile=thorough` (CI) takes more, `explore` looks for new ones.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
-settings.register_profile("repeatable", derandomize=True, max_examples=50, **_COMMON)
+settings.register_profile("repeatable", derandomize=True, max_examples=15, **_COMMON)
+settings.register_profile("thorough", derandomize=True, max_examples=50, **_COMMON)
 settings.register_profile("explore", max_examples=1000, print_blob=True, **_COMMON)
 settings.load_profile("repeatable")
 

@@ -256,7 +256,7 @@ def test_logits_too_large_for_exp(scale: float) -> None:
 
 
 @pytest.mark.parametrize("group", [1, 3, 4, 5, 16, 19])
-@pytest.mark.parametrize("past", [0, 5, 8, 31, 64, 1100])
+@pytest.mark.parametrize("past", [0, 5, 8, 31, 64, pytest.param(1100, marks=pytest.mark.slow)])
 def test_a_few_queries_of_any_group(group: int, past: int) -> None:
     """Tiles of 4 and of 16 query rows, runs of any length; a heavy value must not cost the others their digits."""
     few_queries = Case(

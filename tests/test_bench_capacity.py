@@ -31,7 +31,7 @@ def small_plan(layers=3):
 # --- read back
 
 
-POLICIES = ((0, FULL, False), (4, 40, True), (0, 40, False), (7, 0, True), (300, 9, True), (4, 150, True))
+POLICIES = ((0, FULL, False), (4, 40, True), (0, 40, False), (7, 1, True), (300, 9, True), (4, 150, True))
 
 
 @every_format

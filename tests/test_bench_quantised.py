@@ -67,6 +67,7 @@ def test_the_output_of_models_is_found_again():
     assert losses[0] > losses[1] > losses[2] > 0
 
 
+@pytest.mark.slow
 def test_quantised(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quantised, "MODEL", quantised.ALIBI_MODEL)
     quantised.main(["--length", "200", "--results", str(tmp_path), "--machine", "m"])

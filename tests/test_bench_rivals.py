@@ -162,6 +162,7 @@ def rival_press(plan):
     return lambda model: contextlib.nullcontext(model)
 
 
+@pytest.mark.slow
 def test_generate_bench_with_quantised_caches(monkeypatch):
     monkeypatch.setattr(generate, "press_of", lambda plan: None)
     rows = generate.generate(300, rounds=7, chunk=128, shape=SHAPE, kv_dtypes=("int8", "int4"))

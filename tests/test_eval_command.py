@@ -44,6 +44,11 @@ def test_the_command(tmp_path, capsys):
     assert "razor: methods: expected some of full" in capsys.readouterr().err
 
 
+def test_pictures_name_files_without_their_folders():
+    names = ["razor", "plan=/a/b/p.json", "plan=p.json, int8", "duo=x/y, int4"]
+    assert [plot_eval.label(name) for name in names] == ["razor", "plan=p.json", "plan=p.json, int8", "duo=y, int4"]
+
+
 def test_pictures_count_random_heads_as_one():
     assert [plot_eval.family(name) for name in ("random-0", "random-12", "razor")] == ["random", "random", "razor"]
     assert plot_eval.together([ROW, ROW._replace(correct=2)]) == (3, 4)

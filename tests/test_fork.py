@@ -93,7 +93,7 @@ class Branch:
 policies = st.tuples(st.integers(0, 20), st.sampled_from([0, 1, 7, 16, 33, FULL]), st.booleans())
 
 
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(st.data(), st.lists(policies, min_size=1, max_size=3), st.sampled_from(sorted(FORMATS)), st.integers(1, 3))
 def test_programs(data: st.DataObject, policy: list[tuple[int, int, bool]], kv: str, batch: int) -> None:
     """Whatever is done to one of several branches, each holds what a cache of its own holds, to the bit."""

@@ -396,7 +396,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     line = "gates model --samples asked.jsonl --out duo --steps 6 --sink-size 2 --window-size 8 --checkpoint run.pt"
     assert cli.main(line.split()) == 0
     out = capsys.readouterr().out
-    assert "wrote duo; next: razor plan --gates duo/full_attention_heads.tsv" in out
+    assert "wrote duo; next: razor plan --gates duo" in out
     gates, *sizes = duo.load_attn_pattern("duo")
     assert gates.shape == (LAYERS, KV_HEADS)
     assert sizes == [2, 8]
@@ -408,7 +408,8 @@ def test_command(tmp_path, capsys, monkeypatch):
     )
     assert torch.equal(torch.from_numpy(gates).float(), direct.gates)
     assert cli.main(["plan", "--gates", "duo/full_attention_heads.tsv", "--out", "plan.json"]) == 0
-    assert Plan.load("plan.json") == Plan.from_gates(direct.gates, sparsity=0.5)
+    sizes = {"sink_size": direct.sink_size, "window_size": direct.window_size}  # the folder has them
+    assert Plan.load("plan.json") == Plan.from_gates(direct.gates, sparsity=0.5, **sizes)
     assert cli.main(line.replace("--out duo", "--out no/duo").split()) == 2
     assert "--out: expected a folder in an existing folder, got 'no/duo'" in capsys.readouterr().err
     assert cli.main(line.replace("--steps 6", "--steps 7").split()) == 2

@@ -35,7 +35,10 @@ WAYS = (
 _models = {}
 
 
-@pytest.fixture(params=ALIBI)
+SLOW = ("bloom", "mpt, 12 heads", "falcon, 8 kv heads", "baichuan 2, 12 heads")  # as quick ones, of another layout
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ALIBI])
 def model(request):
     """Every model, checked to be left as it was."""
     if request.param not in _models:

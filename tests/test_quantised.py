@@ -133,8 +133,12 @@ def attend_everything(case: Case, kv: str, **exact: int) -> None:
         assert not exact or torch.equal(cache.exact, filled_by_reference.exact)
 
 
+LONG = ("few queries", "many tokens, few queries", "several steps of keys")
+QUICK_CASES = [pytest.param(case, marks=pytest.mark.slow) if case.name in LONG else case for case in CASES]
+
+
 @both
-@pytest.mark.parametrize("case", CASES, ids=case_id)
+@pytest.mark.parametrize("case", QUICK_CASES, ids=case_id)
 def test_case(case: Case, kv: str) -> None:
     if case.name == "many tokens, few queries":
         case = dataclasses.replace(case, calls=steps(1800, 1, 16))  # two items of a row
@@ -142,7 +146,9 @@ def test_case(case: Case, kv: str) -> None:
 
 
 @both
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float32", "float16"))]
+)
 @pytest.mark.parametrize("alibi", [False, True])
 def test_chunks_of_many_queries(kv: str, dtype: str, alibi: bool) -> None:
     """Beyond few queries: blocks of them over what is stored and over themselves, ring wrapped, padding, dense."""
@@ -173,6 +179,7 @@ def few_queries() -> None:
 CHILD = "import sys; sys.path.insert(0, sys.argv[1]); import test_quantised; test_quantised.few_queries()"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 def test_few_queries_on_every_instruction_set(isa: str) -> None:
     if isa not in present():
@@ -272,15 +279,16 @@ def test_sums_take_what_was_stored_and_what_never_was(kv: str) -> None:
 @pytest.mark.parametrize("head_dim", [1, 33, 64, 80, 128])
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_nbytes_is_what_the_plan_says(kv: str, head_dim: int, page_size: int) -> None:
-    case = Case("", MIXED, steps(3, 40, 1, 60), batch=2, head_dim=head_dim, page_size=page_size)
-    cache, plan, seen = cache_of(case, kv), Plan(*([list(column)] for column in zip(*MIXED, strict=True))), 0
+    policy = tuple((sinks, max(window, 1), mean) for sinks, window, mean in MIXED)  # a plan has no window of nothing
+    case = Case("", policy, steps(3, 40, 1, 60), batch=2, head_dim=head_dim, page_size=page_size)
+    cache, plan, seen = cache_of(case, kv), Plan(*([list(column)] for column in zip(*policy, strict=True))), 0
     beside = cache_of(case, kv, exact_sink=2, exact_window=7)
     row = head_dim + 4 if kv == "int8" else math.ceil(head_dim / 2) + 2 * math.ceil(head_dim / 16)
     shape = {"head_dim": head_dim, "batch_size": 2, "page_size": page_size}
     for tokens in case.tokens:
         cache.append(tokens.key, tokens.value)
         seen += tokens.key.shape[2]
-        pages = sum(-(-len(oracle.cache_rows(seen, s, w)) // page_size) for s, w, _ in MIXED)
+        pages = sum(-(-len(oracle.cache_rows(seen, s, w)) // page_size) for s, w, _ in policy)
         by_hand = 2 * 2 * (pages * page_size * row + 2 * 4 * head_dim)  # K and V, 2 sequences; 2 heads compensate
         assert cache.nbytes == by_hand == plan.kv_bytes(seen, dtype=kv, **shape)
         beside.append(tokens.key, tokens.value)

@@ -22,7 +22,7 @@ def make_layout(plan: Plan, block_size: int = 16, dtype: torch.dtype = torch.flo
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
     layers, heads = draw(st.integers(1, 3)), draw(st.sampled_from([2, 4]))
-    windows = st.one_of(st.just(FULL), st.integers(0, 90))
+    windows = st.one_of(st.just(FULL), st.integers(1, 90))
 
     def table(values: st.SearchStrategy[object]) -> list[list[object]]:
         return [[draw(values) for _ in range(heads)] for _ in range(layers)]
@@ -69,11 +69,11 @@ def test_places_do_not_move_as_a_request_grows(plan: Plan, before: int, after: i
 
 
 def test_ranks_agree_on_the_number_of_blocks() -> None:
-    plan = Plan([[0, 4, 0, 4]], [[FULL, 60, 0, 20]], [[False, True, False, True]])
+    plan = Plan([[0, 4, 0, 4]], [[FULL, 60, 1, 20]], [[False, True, False, True]])
     ranks = [make_layout(plan, tp_size=2, tp_rank=rank) for rank in range(2)]
     assert ranks[0].limits == ranks[1].limits == (FULL, 4)  # 64 rows, 16 of a block
     assert ranks[0].sum_blocks == ranks[1].sum_blocks == 1
-    assert ranks[1].plan.window_size.tolist() == [[0, 20]]
+    assert ranks[1].plan.window_size.tolist() == [[1, 20]]
 
 
 def test_bytes_are_the_plans_but_for_whole_blocks_of_sums() -> None:

@@ -257,7 +257,9 @@ def _call(name: str, *args: object, **options: object) -> Any:
 
 
 def _refuse_gradients(name: str, *values: object) -> None:
-    if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values):
+    if not torch.is_grad_enabled():
+        return
+    if any(isinstance(value, Tensor) and value.requires_grad for value in values):
         raise NotImplementedError(
             f"razor::{name}: expected inputs that need no gradient, got one that does; call it under torch.no_grad()"
         )
@@ -265,12 +267,11 @@ def _refuse_gradients(name: str, *values: object) -> None:
 
 def _autograd(name: str) -> Callable[..., Any]:
     """What the op does at the Autograd key, where direct calls of torch.ops.razor arrive."""
-    op = getattr(torch.ops.razor, name).default
+    redispatch, below = getattr(torch.ops.razor, name).default.redispatch, torch._C._after_autograd_keyset
 
     def refuse_and_go_on(keys: Any, *args: object, **options: object) -> Any:
         _refuse_gradients(name, *args, *options.values())
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keys & torch._C._after_autograd_keyset, *args, **options)
+        return redispatch(keys & below, *args, **options)
 
     return refuse_and_go_on
 
