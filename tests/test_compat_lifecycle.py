@@ -32,6 +32,13 @@ IDS, MASK = prompts(40, 31)
 NEEDS_CACHE = "use_cache: expected True with razor attention, got False"
 
 
+class Tokens:
+    """A tokenizer for a streamer."""
+
+    def decode(self, ids, **_):
+        return "".join(f"{int(token)} " for token in ids)
+
+
 def refused(error, message):
     return pytest.raises(error, match=f"^{re.escape(message)}$")
 
@@ -168,11 +175,14 @@ def test_an_attached_model_is_neither_copied_nor_pickled(llama, how):
     assert torch.equal(answer(llama, IDS), stock)
 
 
-def test_a_shallow_copy_made_inside_ends_with_the_block(llama):
-    stock = answer(llama, IDS)
+@pytest.mark.parametrize("taken", ["shallow copy", "thread that starts late"])
+def test_generate_taken_out_of_a_block_is_refused(llama, taken):
+    streamer = TextIteratorStreamer(Tokens(), skip_prompt=True, timeout=60)
     with attach(llama, MIXED):
-        twin = copy.copy(llama)
-    assert torch.equal(answer(twin, IDS), stock)
+        generate = copy.copy(llama).generate if taken == "shallow copy" else llama.generate
+    with refused(ValueError, "generate: expected a call inside the block of attach, got one after it was left"):
+        generate(IDS, streamer=streamer)
+    assert "".join(streamer) == ""  # nobody waits
 
 
 def test_a_cache_copied_in_a_block_is_filled_in_blocks_alone(llama):
@@ -314,13 +324,6 @@ def test_a_cache_outside_its_block_is_refused():
 
 
 # --- streaming threads
-
-
-class Tokens:
-    """A tokenizer for a streamer."""
-
-    def decode(self, ids, **_):
-        return "".join(f"{int(token)} " for token in ids)
 
 
 def test_a_stream_read_after_the_block_ends(llama):

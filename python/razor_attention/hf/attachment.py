@@ -105,8 +105,10 @@ class attach(_NotCopied, ContextDecorator):
         return self.model
 
     def __exit__(self, *error: object) -> None:
-        self._wait()
-        self._undo.close()
+        try:
+            self._wait()
+        finally:
+            self._undo.close()
 
     def __del__(self) -> None:
         if not getattr(self, "_entered", True):
@@ -208,8 +210,10 @@ class _Generate(_NotCopied):
                 self._attributes["generate"] = self._had_own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.blocks:  # a shallow copy of the model took this out of the last block
-            return self._own(*args, **kwargs)
+        if not self.blocks:  # a thread that starts late, or a shallow copy of the model, took this out of the block
+            if hasattr(streamer := kwargs.get("streamer"), "end"):
+                streamer.end()  # or its reader would wait for ever
+            raise ValueError("generate: expected a call inside the block of attach, got one after it was left")
         return self.blocks[-1]._generate_compressed(self._own, args, kwargs)
 
 
