@@ -241,6 +241,30 @@ KERNELS |= {"add_rows", "load_row", "store_row", "dot", "encode_rows", "decode_r
 CROSS, EMULATOR = "aarch64-linux-gnu-", "qemu-aarch64-static"
 
 
+def build_core(folder: Path, options: dict[str, str], *targets: str) -> None:
+    """The core without bindings, warnings taken for errors."""
+    options = {
+        **{"CMAKE_BUILD_TYPE": "Release", "RAZOR_BINDINGS": "OFF", "RAZOR_WERROR": "ON", "RAZOR_COMPARE_KERNELS": "ON"},
+        **options,
+    }
+    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), *(f"-D{key}={x}" for key, x in options.items())]
+    for command in (configure, ["cmake", "--build", str(folder), "--target", *targets]):
+        built = subprocess.run(command, capture_output=True, text=True)
+        assert built.returncode == 0, built.stdout + built.stderr
+
+
+@pytest.mark.slow
+def test_clang_builds_the_core(tmp_path: Path) -> None:
+    """And its kernels agree with the scalar ones, on the best instruction set of this CPU."""
+    for tool in ("cmake", "clang", "clang++"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    options = {"CMAKE_C_COMPILER": "clang", "CMAKE_CXX_COMPILER": "clang++"}
+    build_core(tmp_path, options, "razor_core", "compare_kernels")
+    compared = subprocess.run([str(tmp_path / "compare_kernels")], capture_output=True, text=True)
+    assert compared.returncode == 0, compared.stdout + compared.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() == "aarch64", reason="neon is tested as it is")
 def test_neon_under_emulation(tmp_path: Path) -> None:
@@ -249,20 +273,13 @@ def test_neon_under_emulation(tmp_path: Path) -> None:
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")
     options = {
-        "CMAKE_BUILD_TYPE": "Release",
         "CMAKE_SYSTEM_NAME": "Linux",
         "CMAKE_SYSTEM_PROCESSOR": "aarch64",
         "CMAKE_C_COMPILER": f"{CROSS}gcc",
         "CMAKE_CXX_COMPILER": f"{CROSS}g++",
         "CMAKE_EXE_LINKER_FLAGS": "-static",
-        "RAZOR_BINDINGS": "OFF",
-        "RAZOR_WERROR": "ON",
-        "RAZOR_COMPARE_KERNELS": "ON",
     }
-    configure = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), *(f"-D{key}={x}" for key, x in options.items())]
-    for command in (configure, ["cmake", "--build", str(tmp_path), "--target", "compare_kernels"]):
-        built = subprocess.run(command, capture_output=True, text=True)
-        assert built.returncode == 0, built.stdout + built.stderr
+    build_core(tmp_path, options, "compare_kernels")
     compared = subprocess.run([EMULATOR, str(tmp_path / "compare_kernels")], capture_output=True, text=True)
     assert compared.returncode == 0, compared.stdout + compared.stderr
     lines = [line.split() for line in compared.stdout.splitlines()]

@@ -32,7 +32,8 @@ void score_block(const HeadScoresParams& p, int64_t b, int64_t kv_head, int64_t 
                  double* echo, double* induction) {
   const auto& kernels = cpu::kernels();
   const int64_t group = p.num_heads / p.num_kv_heads, rows = (end - begin) * group;
-  auto& [tiled, query, maximum, sum] = scratch;
+  TiledScratch& tiled = scratch.tiled;
+  auto &query = scratch.query, &maximum = scratch.maximum, &sum = scratch.sum;
   const auto key = [&](int64_t t) { return token_row(p.key, p.key_stride, p.format, b, kv_head, t); };
   for (int64_t r = 0; r < rows; ++r) {
     tiled.queries[r] = token_row(p.query, p.query_stride, p.format, b, kv_head * group + r % group, begin + r / group);

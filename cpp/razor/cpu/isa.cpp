@@ -4,6 +4,9 @@
 #include <cstdlib>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -16,6 +19,16 @@ namespace {
 constexpr Isa kAll[] = {Isa::kScalar, Isa::kNeon, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx};
 
 #if defined(__x86_64__)
+// What __builtin_cpu_supports does not know by name in every compiler.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+bool has_amx_bf16() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+}
+
 // Linux lets a process use the tile registers once it has asked.
 bool may_use_tiles() {
 #if defined(__linux__)
@@ -36,14 +49,14 @@ bool has(Isa isa) {
     case Isa::kNeon:
       return false;
     case Isa::kAvx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     case Isa::kAvx512:
       return has(Isa::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     case Isa::kAvx512Bf16:
       return has(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
     case Isa::kAmx:
-      return has(Isa::kAvx512Bf16) && __builtin_cpu_supports("amx-bf16") && may_use_tiles();
+      return has(Isa::kAvx512Bf16) && has_amx_bf16() && may_use_tiles();
   }
   return false;
 #elif defined(__aarch64__)
