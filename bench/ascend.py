@@ -37,6 +37,7 @@ CHECKS = (
     (256, 8, 64, torch.float16, 5000, 2, ((0, FULL, False), (4, 1000, True))),
     (128, 4, 64, torch.bfloat16, 0, 400, ((0, FULL, False), (4, 100, True))),
     (128, 4, 64, torch.bfloat16, 130, 70, ((0, FULL, False), (64, 50, True))),
+    (128, 4, 64, torch.bfloat16, 700, 1, tuple((i, 30 + 77 * i, i % 2 == 0) for i in range(8))),  # a window for each
 )
 
 

@@ -30,9 +30,11 @@ SOURCES = [
     *sorted((CPP / "ascend/emulation").glob("*.cpp")),
 ]
 FLAGS = [
-    *("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"),
+    *("-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-missing-field-initializers", "-Wno-maybe-uninitialized"),
 ]
+HOST = ["-std=c++20"]
+DEVICE = ["-std=c++17", "-Wpedantic"]  # the toolkit's compiler takes no other standard for kernels
 FOLDER = ROOT / "build" / "ascend_emulation"
 UB_BUDGET = 188160  # bytes
 FORWARD, REVERSED = 0, 1  # orders of the blocks; any other number is a seed
@@ -102,24 +104,20 @@ def build(edits: Mapping[str, tuple[str, str]] | None = None) -> ctypes.CDLL:
     Args:
         edits: file name under cpp/ascend -> (text that occurs once, its replacement), to seed a fault.
     """
-    paths = [*CPP.glob("ascend/*/*.h"), *CPP.glob("razor/*.h"), *SOURCES]
-    texts = {path.relative_to(CPP).as_posix(): path.read_text() for path in paths}
-    for name, (old, new) in (edits or {}).items():
-        name = f"ascend/{name}"
-        assert texts[name].count(old) == 1, f"{name}: {old!r} occurs {texts[name].count(old)} times"
-        texts[name] = texts[name].replace(old, new)
+    texts = read_sources(edits or {})
 
     def compile_one(source: Path) -> Path:
         used = _included(source.relative_to(CPP).as_posix(), texts)
-        target = FOLDER / f"{_digest([compiler(), FLAGS, [(name, texts[name]) for name in used]])}.o"
+        flags = [*(DEVICE if source.parent.name == "op_kernel" else HOST), *FLAGS]
+        target = FOLDER / f"{_digest([compiler(), flags, [(name, texts[name]) for name in used]])}.o"
         if not target.exists():
             with tempfile.TemporaryDirectory() as folder:
                 for name in used:
                     copy = Path(folder) / name
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     copy.write_text(texts[name])
-                includes = [f"-I{folder}", f"-I{folder}/ascend/emulation"]
-                _write(target, [*FLAGS, *includes, "-c", f"{folder}/{source.relative_to(CPP)}"])
+                includes = [f"-I{folder}", f"-isystem{folder}/ascend/emulation"]  # pedantic about ours alone
+                _write(target, [*flags, *includes, "-c", f"{folder}/{source.relative_to(CPP)}"])
         return target
 
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -129,6 +127,38 @@ def build(edits: Mapping[str, tuple[str, str]] | None = None) -> ctypes.CDLL:
     if not library.exists():
         _write(library, ["-shared", *map(str, objects)])
     return ctypes.CDLL(str(library))
+
+
+def read_sources(edits: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+    """All that the library is built from: path under cpp -> text, with the edits of `build`."""
+    paths = [*CPP.glob("ascend/*/*.h"), *CPP.glob("razor/*.h"), *SOURCES]
+    texts = {path.relative_to(CPP).as_posix(): path.read_text() for path in paths}
+    for name, (old, new) in edits.items():
+        name = f"ascend/{name}"
+        assert texts[name].count(old) == 1, f"{name}: {old!r} occurs {texts[name].count(old)} times"
+        texts[name] = texts[name].replace(old, new)
+    return texts
+
+
+def kernel_entries() -> dict[str, list[str]]:
+    """The kernels' entries as their sources define them: name -> names of the arguments, all of them addresses."""
+    found = {}
+    for path in sorted((CPP / "ascend/op_kernel").glob("*.cpp")):
+        text = re.sub(r"\\\n\s*", "", path.read_text())
+        ((macro, arguments),) = re.findall(r"#define (RAZOR_\w+_KERNEL)\(name, T\).*?void name\(([^)]*)\)", text)
+        names = [word.split()[-1] for word in arguments.split(",")]
+        found |= {name: names for name in re.findall(rf"^{macro}\((\w+), \w+\)", text, re.MULTILINE)}
+    return found
+
+
+def launch_header(kernel: str) -> str:
+    """What the toolkit generates for a kernel of its name, as its documentation tells: aclrtlaunch_<kernel>.h."""
+    arguments = "".join(f", void* {name}" for name in kernel_entries()[kernel])
+    return (
+        '#pragma once\n#include "acl/acl.h"\n'
+        "#ifndef ACLRT_LAUNCH_KERNEL\n#define ACLRT_LAUNCH_KERNEL(kernel) aclrtlaunch_##kernel\n#endif\n"
+        f'extern "C" uint32_t aclrtlaunch_{kernel}(uint32_t blocks, aclrtStream stream{arguments});\n'
+    )
 
 
 def _included(name: str, texts: Mapping[str, str]) -> list[str]:

@@ -342,19 +342,25 @@ def test_shares_hold_everything_once_and_evenly(cores: int, batch: int, q_len: i
     window[:: heads // 2] = FULL
     sink = torch.full((heads,), 4, dtype=torch.int32)
     cache = (None, None, None, seen, sink, window, window != FULL)
-    tiling = tiling_for(batch, heads, 4, q_len, 128, cores)
-    shares = emulated.shares(tiling, cache)  # type: ignore[arg-type]
+    check_shares(tiling_for(batch, heads, 4, q_len, 128, cores), cache)  # type: ignore[arg-type]
+
+
+def check_shares(tiling: emulated.AttentionTiling, cache: Sequence[Tensor]) -> dict[int, int]:
+    """Every unit of every part is in one share, and shares are even. Returns the units of each page-table row."""
+    cores, batch, heads, q_len = tiling.cache.workers, tiling.cache.batch, tiling.cache.num_kv_heads, tiling.cache.q_len
+    group = tiling.group
+    shares = emulated.shares(tiling, cache)
     held: dict[tuple[int, int], list[tuple[int, int]]] = {}
     load = [0] * cores
     for worker, row, first, end, begin, stop, units, state in shares:
-        assert 0 <= first < end <= q_len * 4
+        assert 0 <= first < end <= q_len * group
         assert 0 <= begin < stop <= units
         assert state == (-1 if (begin, stop) == (0, units) else 2 * worker + (begin == 0))
         held.setdefault((row, first), []).append((begin, stop))
         load[worker] += stop - begin
         if (begin, stop) != (0, units):
             assert q_len <= 16
-    assert set(held) == {(r, f) for r in range(batch * heads) for f in range(0, q_len * 4, tiling.block_rows)}
+    assert set(held) == {(r, f) for r in range(batch * heads) for f in range(0, q_len * group, tiling.block_rows)}
     units_of = {(row, first): units for _, row, first, _, _, _, units, _ in shares}
     for part, pieces in held.items():
         assert [0, *(stop for _, stop in pieces)] == [*(begin for begin, _ in pieces), units_of[part]]
@@ -362,6 +368,7 @@ def test_shares_hold_everything_once_and_evenly(cores: int, batch: int, q_len: i
         assert max(load) <= max(-(-sum(load) // cores), 4)
     states = [state for *_, state in shares if state >= 0]
     assert len(states) == len(set(states))
+    return {row: sum(units for (r, _), units in units_of.items() if r == row) for row in range(batch * heads)}
 
 
 BUDGET = emulated.UB_BUDGET

@@ -61,7 +61,19 @@ MISUSES = {
     "barrier, read then write": r"Duplicate on V: expected a flag, barrier or queue after V read UB",
     "barrier, write then write": r"Duplicate on V: expected a flag, barrier or queue after V wrote UB",
     "scalar reads a vector's": r"GetValue on S: expected a flag, barrier or queue after V wrote UB",
+    "scalar writes a vector's": r"SetValue on S: expected a flag, barrier or queue after V wrote UB",
+    "scalar writes what a vector reads": r"SetValue on S: expected a flag, barrier or queue after V read UB",
     "vector reads a scalar's": r"Adds on V: expected a flag, barrier or queue after S wrote UB",
+    "vector writes a scalar's": r"Duplicate on V: expected a flag, barrier or queue after S wrote UB",
+    "vector writes what a scalar reads": r"Duplicate on V: expected a flag, barrier or queue after S read UB",
+    "scalar reads a copy's": r"GetValue on S: expected a flag, barrier or queue after MTE2 wrote UB",
+    "scalar reads a queue's": r"GetValue on S: expected a flag, barrier or queue after MTE2 wrote UB",
+    "copy in writes a scalar's": r"DataCopy on MTE2: expected a flag, barrier or queue after S wrote UB",
+    "copy in writes what a scalar reads": r"DataCopy on MTE2: expected a flag, barrier or queue after S read UB",
+    "copy out reads a scalar's": r"DataCopy on MTE3: expected a flag, barrier or queue after S wrote UB",
+    "scalar writes what a copy reads": r"SetValue on S: expected a flag, barrier or queue after MTE3 read UB",
+    "copy out writes what a scalar reads": r"DataCopyPad on MTE3: expected a flag, barrier or queue after S read out",
+    "scalar reads an output": r"GlobalTensor::GetValue on S: expected an input that this launch leaves alone, got byte",
     "vector reads a copy's": r"Cast on V: expected a flag, barrier or queue after MTE2 wrote UB",
     "copy reads a vector's": r"DataCopy on MTE3: expected a flag, barrier or queue after V wrote UB",
     "copy out, then in": r"DataCopy on MTE2: expected a flag, barrier or queue after MTE3 wrote out",
@@ -92,12 +104,13 @@ def test_every_misuse_is_run() -> None:
     names = re.findall(
         r'RAZOR_MISUSE\(\s*"([^"]+)"|\{"([^"]+)", \[\]', (ASCEND / "emulation/self_test.cpp").read_text()
     )
-    assert {a or b for a, b in names} == MISUSES.keys() | {"none", "poison", "neighbours"}
+    assert {a or b for a, b in names} == MISUSES.keys() | {"none", "poison", "scalars", "neighbours"}
 
 
 def test_what_is_allowed_passes() -> None:
     assert run_self_test("none").equal(torch.arange(256).half())
     assert run_self_test("poison").isnan().all()  # memory that nobody filled
+    assert run_self_test("scalars").tolist() == [3] + [1] * 255
     assert run_self_test("neighbours", blocks=5)[:6].tolist() == [1] * 5 + [777]  # bytes of one 32-byte block
 
 
@@ -135,6 +148,30 @@ FAULTS: dict[str, tuple[str, str, str, Callable[..., None]]] = {
         "    scalar_waits_for_vector(pipe_);\n",
         "",
         run_attention,
+    ),
+    "wait removed: the vector pipe reads while scalars are written": (
+        "op_kernel/attention.cpp",
+        "    vector_waits_for_scalar(pipe_);\n    for (int32_t i = kBlockFloats",
+        "    for (int32_t i = kBlockFloats",
+        run_attention,
+    ),
+    "wait removed: logarithms of scalars that are still written": (
+        "op_kernel/attention.cpp",
+        "    vector_waits_for_scalar(pipe_);\n    AscendC::Ln",
+        "    AscendC::Ln",
+        run_attention,
+    ),
+    "wait for the wrong pipe": (
+        "op_kernel/attention.cpp",
+        "    scalar_waits_for_vector(pipe_);\n",
+        "    vector_waits_for_scalar(pipe_);\n",
+        run_attention,
+    ),
+    "a scalar from a tensor that a copy filled": (
+        "op_kernel/append.cpp",
+        "    LocalTensor<float> stored = dropped_.template DeQue<float>();\n",
+        "    LocalTensor<float> stored = dropped_.template DeQue<float>();\n    (void)stored.GetValue(0);\n",
+        run_append,
     ),
     "stride in elements where blocks are meant": (
         "op_kernel/cache_rows.h",
@@ -242,6 +279,7 @@ def forbidden_includes(path: str, text: str) -> list[str]:
     allowed = {
         "op_kernel": r"kernel_operator\.h|ascend/op_kernel/\w+\.h|ascend/op_host/work_list\.h",
         "op_host": r"[a-z_]+|stdint\.h|ascend/op_host/\w+\.h|razor/\w+\.h",
+        "declarations": r"stdint\.h",
         "emulation": rf"[a-z_]+|{emulated_headers}|ascend/op_host/tiling\.h|razor/float16\.h",
     }[path.partition("/")[0]]
     if path == "op_host/launch.cpp":
@@ -265,6 +303,7 @@ def test_include_direction(path: Path) -> None:
         ("op_host/tiling.h", '"kernel_operator.h"'),
         ("op_host/launch.cpp", "<torch/library.h>"),
         ("emulation/harness.cpp", "<acl/acl.h>"),
+        ("declarations/kernel_operator.h", "<cmath>"),
     ],
 )
 def test_include_check(path: str, include: str) -> None:

@@ -2,8 +2,8 @@
 # Looks for the CANN toolkit. Never fails: without a usable one CANN_FOUND is FALSE and CANN_STATUS says why.
 #
 # Inputs: RAZOR_ASCEND (AUTO, ON, OFF), ASCEND_HOME_PATH (variable or environment, set by the toolkit's set_env script),
-# SOC_VERSION (variable or environment). Outputs: CANN_FOUND, CANN_STATUS, CANN_ROOT, CANN_SOC_VERSION, CANN_STYLE
-# (ascendc: older toolkits, a CMake file; asc: newer ones, a language) and CANN_MODULE, the folder of that file.
+# SOC_VERSION (variable or environment). Outputs: CANN_FOUND, CANN_STATUS, CANN_ROOT, CANN_SOC_VERSION and CANN_MODULE,
+# the folder of ascendc.cmake, which toolkits up to 9.2 have. The ASC language of newer ones is not used.
 set(CANN_FOUND FALSE)
 set(CANN_ROOT "${ASCEND_HOME_PATH}")
 if(NOT CANN_ROOT)
@@ -21,18 +21,10 @@ else()
       ascendc_devkit/tikcpp/samples/cmake)
     if(NOT CANN_MODULE AND EXISTS "${CANN_ROOT}/${_folder}/ascendc.cmake")
       set(CANN_MODULE "${CANN_ROOT}/${_folder}")
-      set(CANN_STYLE ascendc)
     endif()
   endforeach()
-  file(GLOB _configs "${CANN_ROOT}/lib64/cmake/ASC/ASCConfig.cmake" "${CANN_ROOT}/*/cmake/*/ASCConfig.cmake"
-    "${CANN_ROOT}/cmake/ASCConfig.cmake")
-  if(NOT CANN_MODULE AND _configs)
-    list(GET _configs 0 _config)
-    get_filename_component(CANN_MODULE "${_config}" DIRECTORY)
-    set(CANN_STYLE asc)
-  endif()
   if(NOT CANN_MODULE)
-    set(CANN_STATUS "off (neither ascendc.cmake nor ASCConfig.cmake in ${CANN_ROOT})")
+    set(CANN_STATUS "off (no ascendc.cmake in ${CANN_ROOT})")
   else()
     set(CANN_SOC_VERSION "${SOC_VERSION}")
     set(_source "as given")
@@ -50,7 +42,7 @@ else()
       endif()
     endif()
     set(CANN_FOUND TRUE)
-    set(CANN_STATUS "CANN in ${CANN_ROOT}, ${CANN_STYLE} style, ${CANN_SOC_VERSION} (${_source})")
+    set(CANN_STATUS "CANN in ${CANN_ROOT}, ${CANN_SOC_VERSION} (${_source})")
   endif()
 endif()
 if(RAZOR_ASCEND STREQUAL "ON" AND NOT CANN_FOUND)

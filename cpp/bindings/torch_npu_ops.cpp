@@ -75,14 +75,12 @@ const void* on_device(const Tiling& tiling, const Tensor& like) {
   return copy.data_ptr();
 }
 
-// Runs on torch_npu's queue: `launch` keeps copies of pointers and numbers alone.
+// Runs on torch_npu's queue: `launch` keeps copies of pointers and numbers alone. torch_npu raises for a status other
+// than 0: in this call or, where its queue has a thread of its own, in a later one.
 template <class Launch>
 void enqueue(const char* name, Launch launch) {
   void* stream = c10_npu::getCurrentNPUStream().stream(/*need_empty=*/false);
-  at_npu::native::OpCommand::RunOpApi(name, [launch, stream]() -> int {
-    launch(stream);
-    return 0;
-  });
+  at_npu::native::OpCommand::RunOpApi(name, [launch, stream]() -> int { return static_cast<int>(launch(stream)); });
 }
 
 std::vector<int64_t> to_host(const Tensor& numbers) {
@@ -121,7 +119,7 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, co
     const Tensor states = at::empty({razor::ascend::states_floats(tiling)}, key_sum.options());
     enqueue("razor_attention", [params, workers = tiling.cache.workers, states = states.data_ptr<float>(),
                                 tiling = on_device(tiling, query)](void* stream) {
-      razor::ascend::launch_attention(params, workers, states, tiling, stream);
+      return razor::ascend::launch_attention(params, workers, states, tiling, stream);
     });
     if (tiling.skip_full) {
       full.seen = to_host(seen);
@@ -151,7 +149,7 @@ void append(const Tensor& key, const Tensor& value, const Tensor& key_pages, con
     razor::ascend::CacheTiling tiling = razor::ascend::tiling_of(cache, tokens);
     razor::ascend::complete(razor::ascend::current_device(), tiling);
     enqueue("razor_append", [cache, tokens, workers = tiling.workers, tiling = on_device(tiling, key)](void* stream) {
-      razor::ascend::launch_append(cache, tokens, workers, tiling, stream);
+      return razor::ascend::launch_append(cache, tokens, workers, tiling, stream);
     });
     seen.add_(tokens.q_len);
     if (pad) seen.sub_(*pad);
@@ -170,7 +168,7 @@ std::tuple<Tensor, Tensor> head_scores(const Tensor& query, const Tensor& key, i
     const Tensor scores = at::empty({razor::ascend::partial_scores_floats(tiling)}, floats);
     enqueue("razor_head_scores",
             [params, workers = tiling.workers, scores = scores.data_ptr<float>(), tiling = on_device(tiling, query)](
-                void* stream) { razor::ascend::launch_head_scores(params, workers, scores, tiling, stream); });
+                void* stream) { return razor::ascend::launch_head_scores(params, workers, scores, tiling, stream); });
     const int64_t rows = (params.tokens - 1 - period) * tiling.group;
     const Tensor by_row = scores.view({params.batch, params.num_kv_heads, 2, tiling.blocks_per_row, -1})
                               .slice(-1, 0, tiling.block_rows)

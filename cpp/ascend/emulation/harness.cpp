@@ -11,7 +11,7 @@
 #include "machine.h"
 #include "self_test.h"
 
-using GM_ADDR = uint8_t*;
+using Address = uint8_t*;  // a kernel's argument; the kernels' own name for it is a macro
 
 namespace {
 
@@ -20,11 +20,11 @@ namespace emu = razor::emulation;
 struct Kernel {
   const char* name;
   int arguments;
-  void (*run)(GM_ADDR* arguments);
+  void (*run)(Address* arguments);
 };
 
 template <auto kernel, class... Arguments, size_t... i>
-void call(void (*)(Arguments...), GM_ADDR* arguments, std::index_sequence<i...>) {
+void call(void (*)(Arguments...), Address* arguments, std::index_sequence<i...>) {
   kernel(arguments[i]...);
 }
 
@@ -37,13 +37,13 @@ template <auto kernel>
 constexpr Kernel named(const char* name) {
   constexpr int kCount = count_arguments(kernel);
   return {name, kCount,
-          [](GM_ADDR* arguments) { call<kernel>(kernel, arguments, std::make_index_sequence<kCount>()); }};
+          [](Address* arguments) { call<kernel>(kernel, arguments, std::make_index_sequence<kCount>()); }};
 }
 
 }  // namespace
 
 // As the kernels' sources define them: address after address.
-#define A GM_ADDR
+#define A Address
 #define RAZOR_KERNELS(type)                                                                  \
   extern "C" void razor_attention_##type(A, A, A, A, A, A, A, A, A, A, A, A, A, A, A, A, A); \
   extern "C" void razor_combine_##type(A, A, A, A, A, A, A, A);                              \
@@ -121,7 +121,7 @@ RAZOR_EXPORT int razor_emulate(const char* name, const RazorBuffer* buffers, int
     }
     emu::Machine core(emu::kUbBytes);
     core.ub_budget = ub_budget;
-    std::vector<GM_ADDR> arguments;
+    std::vector<Address> arguments;
     for (int64_t i = 0; i < count; ++i) {
       const RazorBuffer& b = buffers[i];
       arguments.push_back(b.data);

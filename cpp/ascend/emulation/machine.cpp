@@ -141,6 +141,18 @@ uint8_t* Machine::read_global(const void* data, int64_t bytes) {
   return buffer.data + offset;
 }
 
+// No flag makes the scalar pipe's data cache see what a copy wrote: what this launch writes is not for it.
+uint8_t* Machine::read_global_scalar(const void* data, int64_t bytes) {
+  const GlobalBuffer& buffer = global_of(data, bytes);
+  const int64_t offset = static_cast<const uint8_t*>(data) - buffer.data;
+  for (int64_t i = offset; i < offset + bytes; ++i) {
+    if (buffer.owner[i] != 0) {
+      fail(where(), ": expected an input that this launch leaves alone, got byte ", i, " of ", buffer.name);
+    }
+  }
+  return read_global(data, bytes);
+}
+
 uint8_t* Machine::write_global(void* data, int64_t bytes) {
   GlobalBuffer& buffer = global_of(data, bytes);
   if (!buffer.writable) fail(where(), ": expected a tensor that the kernel may write, got ", buffer.name);

@@ -92,6 +92,7 @@ class Machine {
   void read_ub(int64_t offset, int64_t bytes, int32_t repeat = 0, bool accumulates = false);
   void write_ub(int64_t offset, int64_t bytes, int32_t repeat = 0, bool accumulates = false);
   uint8_t* read_global(const void* data, int64_t bytes);
+  uint8_t* read_global_scalar(const void* data, int64_t bytes);  // through the data cache
   uint8_t* write_global(void* data, int64_t bytes);
 
   void barrier(Pipe pipe);

@@ -24,8 +24,7 @@ namespace razor::emulation {
 template <class T>
 struct Field {
   T value;
-  template <class U>
-    requires std::is_integral_v<U>
+  template <class U, std::enable_if_t<std::is_integral_v<U>, int> = 0>
   constexpr Field(U given) : value(static_cast<T>(given)) {  // NOLINT: implicit, as on the device
     constexpr auto kMost = static_cast<long long>(std::numeric_limits<T>::max());
     const bool negative = std::is_signed_v<U> && static_cast<long long>(given) < 0;

@@ -50,6 +50,12 @@ struct Core {
   }
 };
 
+template <HardEvent event>
+void wait() {
+  SetFlag<event>(0);
+  WaitFlag<event>(0);
+}
+
 struct Misuse {
   std::string_view name;
   void (*run)(uint8_t** arguments);
@@ -67,6 +73,8 @@ constexpr Misuse kMisuses[] = {
     RAZOR_MISUSE("poison", LocalTensor<half> x = c.loaded.AllocTensor<half>(); c.loaded.EnQue(x);
                  x = c.loaded.DeQue<half>(); Cast(c.first, x, RoundMode::CAST_NONE, kCount); PipeBarrier<PIPE_V>();
                  c.loaded.FreeTensor(x); c.store();),
+    RAZOR_MISUSE("scalars", wait<HardEvent::V_S>(); c.first.SetValue(0, c.first.GetValue(1) + c.second.GetValue(0));
+                 wait<HardEvent::S_V>(); c.store();),
     // memory
     RAZOR_MISUSE("capacity", TBuf<TPosition::VECCALC> more; c.pipe.InitBuffer(more, kUbBudget);),
     RAZOR_MISUSE("second pipe", TPipe second;),
@@ -123,8 +131,30 @@ constexpr Misuse kMisuses[] = {
     RAZOR_MISUSE("barrier, read then write", Adds(c.first, c.second, 1.0f, 64); Duplicate(c.second, 1.0f, 64);),
     RAZOR_MISUSE("barrier, write then write", Duplicate(c.first, 1.0f, 8); Duplicate(c.first, 1.0f, 8);),
     RAZOR_MISUSE("scalar reads a vector's", (void)c.first.GetValue(0);),
-    RAZOR_MISUSE("vector reads a scalar's", SetFlag<HardEvent::V_S>(0); WaitFlag<HardEvent::V_S>(0);
-                 c.first.SetValue(0, 1.0f); Adds(c.second, c.first, 1.0f, 8);),
+    RAZOR_MISUSE("scalar writes a vector's", c.first.SetValue(0, 1.0f);),
+    RAZOR_MISUSE("scalar writes what a vector reads", wait<HardEvent::V_S>(); Adds(c.second, c.first, 1.0f, 8);
+                 c.first.SetValue(0, 1.0f);),
+    RAZOR_MISUSE("vector reads a scalar's", wait<HardEvent::V_S>(); c.first.SetValue(0, 1.0f);
+                 Adds(c.second, c.first, 1.0f, 8);),
+    RAZOR_MISUSE("vector writes a scalar's", wait<HardEvent::V_S>(); c.first.SetValue(0, 1.0f);
+                 Duplicate(c.first, 1.0f, 8);),
+    RAZOR_MISUSE("vector writes what a scalar reads", wait<HardEvent::V_S>(); (void)c.first.GetValue(0);
+                 Duplicate(c.first, 1.0f, 8);),
+    RAZOR_MISUSE("scalar reads a copy's", LocalTensor<half> x = c.loaded.AllocTensor<half>(); DataCopy(x, c.in, 16);
+                 (void)x.GetValue(0);),
+    RAZOR_MISUSE("scalar reads a queue's", (void)c.load().GetValue(0);),  // which waits for the vector pipe alone
+    RAZOR_MISUSE("copy in writes a scalar's", LocalTensor<half> x = c.loaded.AllocTensor<half>(); x.SetValue(0, half{});
+                 DataCopy(x, c.in, 16);),
+    RAZOR_MISUSE("copy in writes what a scalar reads", LocalTensor<half> x = c.loaded.AllocTensor<half>();
+                 (void)x.GetValue(0); DataCopy(x, c.in, 16);),
+    RAZOR_MISUSE("copy out reads a scalar's", LocalTensor<half> x = c.stored.AllocTensor<half>();
+                 for (int i = 0; i < 16; ++i) x.SetValue(i, half{}); c.stored.EnQue(x); x = c.stored.DeQue<half>();
+                 DataCopy(c.out, x, 16);),
+    RAZOR_MISUSE("scalar writes what a copy reads", LocalTensor<half> x = c.stored.AllocTensor<half>();
+                 Duplicate(x, half{}, 16); wait<HardEvent::V_S>(); c.stored.EnQue(x); x = c.stored.DeQue<half>();
+                 DataCopy(c.out, x, 16); x.SetValue(0, half{});),
+    RAZOR_MISUSE("copy out writes what a scalar reads", (void)c.out.GetValue(0); c.store();),
+    RAZOR_MISUSE("scalar reads an output", c.store(); wait<HardEvent::MTE3_S>(); (void)c.out.GetValue(0);),
     RAZOR_MISUSE("vector reads a copy's", LocalTensor<half> x = c.loaded.AllocTensor<half>(); DataCopy(x, c.in, 16);
                  Cast(c.first, x, RoundMode::CAST_NONE, 16);),
     RAZOR_MISUSE("copy reads a vector's", LocalTensor<half> x = c.stored.AllocTensor<half>(); Duplicate(x, half{}, 16);

@@ -12,7 +12,7 @@
 #define __aicore__
 #define __global__
 #define __gm__
-using GM_ADDR = uint8_t*;
+#define GM_ADDR __gm__ uint8_t*  // a macro, as CANN has it: it binds to one name of a declaration
 
 namespace AscendC {
 
@@ -88,7 +88,7 @@ class LocalTensor {
 template <class T>
 class GlobalTensor {
  public:
-  void SetGlobalBuffer(T* data, uint64_t elements) {
+  void SetGlobalBuffer(__gm__ T* data, uint64_t elements) {
     if (elements == 0) emu::fail("SetGlobalBuffer: expected a size");
     start = data;
     size = elements;
@@ -105,7 +105,7 @@ class GlobalTensor {
     emu::machine().issue(emu::kS, "GlobalTensor::GetValue");
     if (element >= size) emu::fail(emu::machine().where(), ": expected an index below ", size, ", got ", element);
     T value;
-    std::memcpy(&value, emu::machine().read_global(start + element, sizeof(T)), sizeof(T));
+    std::memcpy(&value, emu::machine().read_global_scalar(start + element, sizeof(T)), sizeof(T));
     return value;
   }
 

@@ -1,19 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one file that talks ACL. CANN has two ways to launch: older toolkits generate a function for each kernel, newer
-// ones compile host and device code of one source (RAZOR_ASC_LANGUAGE).
+// The one file that talks ACL. The toolkit generates a launch function for each kernel: blocks, stream, the kernel's
+// arguments; it returns a status.
 #include "ascend/op_host/launch.h"
 
 #include "acl/acl.h"
-#include "razor/check.h"
-#include "tiling/platform/platform_ascendc.h"
-
-#ifdef RAZOR_ASC_LANGUAGE
-#include "ascend/op_kernel/append.cpp"
-#include "ascend/op_kernel/attention.cpp"
-#include "ascend/op_kernel/combine.cpp"
-#include "ascend/op_kernel/head_scores.cpp"
-#define RAZOR_LAUNCH(kernel, blocks, stream, ...) kernel<<<blocks, nullptr, stream>>>(__VA_ARGS__)
-#else
 #include "aclrtlaunch_razor_append_bf16.h"
 #include "aclrtlaunch_razor_append_f16.h"
 #include "aclrtlaunch_razor_attention_bf16.h"
@@ -22,18 +12,13 @@
 #include "aclrtlaunch_razor_combine_f16.h"
 #include "aclrtlaunch_razor_head_scores_bf16.h"
 #include "aclrtlaunch_razor_head_scores_f16.h"
-#define RAZOR_LAUNCH(kernel, blocks, stream, ...) ACLRT_LAUNCH_KERNEL(kernel)(blocks, stream, __VA_ARGS__)
-#endif
+#include "razor/check.h"
+#include "tiling/platform/platform_ascendc.h"
 
-// The kernel of this format: bf16 or f16, nothing else reaches a launch.
-#define RAZOR_LAUNCH_OF(format, name, blocks, stream, ...)    \
-  do {                                                        \
-    if ((format) == KvFormat::kBF16) {                        \
-      RAZOR_LAUNCH(name##_bf16, blocks, stream, __VA_ARGS__); \
-    } else {                                                  \
-      RAZOR_LAUNCH(name##_f16, blocks, stream, __VA_ARGS__);  \
-    }                                                         \
-  } while (false)
+// The status of the launch of this format's kernel: bf16 or f16, nothing else reaches a launch.
+#define RAZOR_LAUNCH(format, name, blocks, stream, ...)                                        \
+  ((format) == KvFormat::kBF16 ? ACLRT_LAUNCH_KERNEL(name##_bf16)(blocks, stream, __VA_ARGS__) \
+                               : ACLRT_LAUNCH_KERNEL(name##_f16)(blocks, stream, __VA_ARGS__))
 
 namespace razor::ascend {
 namespace {
@@ -54,34 +39,37 @@ Device current_device() {
           .ub_bytes = smaller(kUbBudget, static_cast<int64_t>(ub_bytes) - kReservedUbBytes)};
 }
 
-void launch_attention(const AttentionParams& params, int64_t workers, float* states, const void* tiling, void* stream) {
+uint32_t launch_attention(const AttentionParams& params, int64_t workers, float* states, const void* tiling,
+                          void* stream) {
   const KvCacheView& cache = params.cache;
   const auto blocks = static_cast<uint32_t>(workers);
   auto* on = static_cast<aclrtStream>(stream);
-  RAZOR_LAUNCH_OF(cache.format, razor_attention, blocks, on, bytes(params.query), bytes(params.tokens.key),
-                  bytes(params.tokens.value), bytes(cache.key_pages), bytes(cache.value_pages), bytes(cache.page_table),
-                  bytes(cache.seen), bytes(cache.sink_size), bytes(cache.window_size), bytes(cache.compensate),
-                  bytes(cache.key_sum), bytes(cache.value_sum), bytes(params.alibi_slopes), bytes(params.tokens.pad),
-                  bytes(params.out), bytes(states), bytes(tiling));
-  if (params.tokens.q_len > kMostDecodeTokens) return;  // nothing was cut
-  RAZOR_LAUNCH_OF(cache.format, razor_combine, blocks, on, bytes(cache.seen), bytes(cache.sink_size),
-                  bytes(cache.window_size), bytes(cache.compensate), bytes(params.tokens.pad), bytes(states),
-                  bytes(params.out), bytes(tiling));
+  const uint32_t status =
+      RAZOR_LAUNCH(cache.format, razor_attention, blocks, on, bytes(params.query), bytes(params.tokens.key),
+                   bytes(params.tokens.value), bytes(cache.key_pages), bytes(cache.value_pages),
+                   bytes(cache.page_table), bytes(cache.seen), bytes(cache.sink_size), bytes(cache.window_size),
+                   bytes(cache.compensate), bytes(cache.key_sum), bytes(cache.value_sum), bytes(params.alibi_slopes),
+                   bytes(params.tokens.pad), bytes(params.out), bytes(states), bytes(tiling));
+  if (status != 0 || params.tokens.q_len > kMostDecodeTokens) return status;  // of a prompt nothing was cut
+  return RAZOR_LAUNCH(cache.format, razor_combine, blocks, on, bytes(cache.seen), bytes(cache.sink_size),
+                      bytes(cache.window_size), bytes(cache.compensate), bytes(params.tokens.pad), bytes(states),
+                      bytes(params.out), bytes(tiling));
 }
 
-void launch_append(const KvCacheView& cache, const NewTokens& tokens, int64_t workers, const void* tiling,
-                   void* stream) {
-  RAZOR_LAUNCH_OF(cache.format, razor_append, static_cast<uint32_t>(workers), static_cast<aclrtStream>(stream),
-                  bytes(tokens.key), bytes(tokens.value), bytes(cache.key_pages), bytes(cache.value_pages),
-                  bytes(cache.page_table), bytes(cache.seen), bytes(cache.sink_size), bytes(cache.window_size),
-                  bytes(cache.compensate), bytes(cache.key_sum), bytes(cache.value_sum), bytes(tokens.pad),
-                  bytes(tiling));
+uint32_t launch_append(const KvCacheView& cache, const NewTokens& tokens, int64_t workers, const void* tiling,
+                       void* stream) {
+  return RAZOR_LAUNCH(cache.format, razor_append, static_cast<uint32_t>(workers), static_cast<aclrtStream>(stream),
+                      bytes(tokens.key), bytes(tokens.value), bytes(cache.key_pages), bytes(cache.value_pages),
+                      bytes(cache.page_table), bytes(cache.seen), bytes(cache.sink_size), bytes(cache.window_size),
+                      bytes(cache.compensate), bytes(cache.key_sum), bytes(cache.value_sum), bytes(tokens.pad),
+                      bytes(tiling));
 }
 
-void launch_head_scores(const HeadScoresParams& params, int64_t workers, float* scores, const void* tiling,
-                        void* stream) {
-  RAZOR_LAUNCH_OF(params.format, razor_head_scores, static_cast<uint32_t>(workers), static_cast<aclrtStream>(stream),
-                  bytes(params.query), bytes(params.key), bytes(scores), bytes(tiling));
+uint32_t launch_head_scores(const HeadScoresParams& params, int64_t workers, float* scores, const void* tiling,
+                            void* stream) {
+  return RAZOR_LAUNCH(params.format, razor_head_scores, static_cast<uint32_t>(workers),
+                      static_cast<aclrtStream>(stream), bytes(params.query), bytes(params.key), bytes(scores),
+                      bytes(tiling));
 }
 
 }  // namespace razor::ascend

@@ -13,10 +13,11 @@ namespace razor::ascend {
 struct AttentionAddresses {
   GM_ADDR query;  // [batch, num_heads, q_len, head_dim], strided
   CacheAddresses cache;
-  GM_ADDR key_sum, value_sum;  // [batch * num_kv_heads, head_dim] float32
-  GM_ADDR alibi_slopes;        // [num_heads] float32, read only if tiling.has_slopes
-  GM_ADDR out;                 // [batch, num_heads, q_len, head_dim] contiguous
-  GM_ADDR states;              // [2 * workers, state_floats] float32, those of cut parts
+  GM_ADDR key_sum;       // [batch * num_kv_heads, head_dim] float32
+  GM_ADDR value_sum;     // the same
+  GM_ADDR alibi_slopes;  // [num_heads] float32, read only if tiling.has_slopes
+  GM_ADDR out;           // [batch, num_heads, q_len, head_dim] contiguous
+  GM_ADDR states;        // [2 * workers, state_floats] float32, those of cut parts
   GM_ADDR tiling;
 };
 

@@ -7,9 +7,19 @@
 
 namespace razor::ascend {
 
-// Inputs in global memory: `cache.h` of the core tells their shapes.
+// Inputs in global memory: `cache.h` of the core tells their shapes. GM_ADDR is a macro that ends in `*`: a second name
+// in one declaration would be no address.
 struct CacheAddresses {
-  GM_ADDR key, value, key_pages, value_pages, page_table, seen, sink_size, window_size, compensate, pad;
+  GM_ADDR key;
+  GM_ADDR value;
+  GM_ADDR key_pages;
+  GM_ADDR value_pages;
+  GM_ADDR page_table;
+  GM_ADDR seen;
+  GM_ADDR sink_size;
+  GM_ADDR window_size;
+  GM_ADDR compensate;
+  GM_ADDR pad;
 };
 
 template <class T>
@@ -101,7 +111,7 @@ class CacheRows {
     }
   }
 
-  GlobalTensor<T>& pages(int32_t side) { return pages_[side]; }
+  __aicore__ inline GlobalTensor<T>& pages(int32_t side) { return pages_[side]; }
 
  private:
   template <class U>

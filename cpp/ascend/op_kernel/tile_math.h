@@ -188,7 +188,7 @@ class TileMath {
   // Columns of head_dim from d on that one repeat takes.
   __aicore__ inline uint64_t width(int32_t d) const { return static_cast<uint64_t>(smaller(kLanes, head_dim_ - d)); }
 
-  LocalTensor<float> scratch() const { return product_[0]; }  // [n, 64]
+  __aicore__ inline LocalTensor<float> scratch() const { return product_[0]; }  // [n, 64]
 
  private:
   __aicore__ inline static uint64_t leading_bits(int64_t count) {
