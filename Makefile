@@ -102,5 +102,5 @@ $(VLLM)/.installed: $(SRCS)
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.torch pyproject.toml
-	$(PIP) ruff mypy clang-format types-tqdm numpy 'transformers>=5.12,<6' tqdm
+	$(PIP) ruff mypy clang-format types-tqdm numpy 'transformers>=5.12,<6' tqdm ziglang # clang, for Ascend's guards
 	touch $@

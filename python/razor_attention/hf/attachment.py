@@ -211,7 +211,8 @@ class _Generate(_NotCopied):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.blocks:  # a thread that starts late, or a shallow copy of the model, took this out of the block
-            if hasattr(streamer := kwargs.get("streamer"), "end"):
+            streamer: Any = kwargs.get("streamer")
+            if hasattr(streamer, "end"):
                 streamer.end()  # or its reader would wait for ever
             raise ValueError("generate: expected a call inside the block of attach, got one after it was left")
         return self.blocks[-1]._generate_compressed(self._own, args, kwargs)
