@@ -140,21 +140,17 @@ def atb_rows(heads: tuple[Head, ...], length: int) -> dict[str, list[int]]:
     return made
 
 
+def exported_layers(folder: Path, *flags: str) -> list[dict[str, torch.Tensor]]:
+    """What `razor export --to atb` makes of plan.json in a folder."""
+    plan, out = folder / "plan.json", folder / "atb.pt"
+    assert cli.main(["export", str(plan), "--to", "atb", "--head-dim", "64", "--out", str(out), *flags]) == 0
+    return torch.load(out, weights_only=True)["layers"]  # type: ignore[no-any-return]
+
+
 def test_the_command_gives_atb_each_heads_own_window(tmp_path: Path) -> None:
     plan = draw_plan(7, 3, 6, 300, full=1)
     plan.save(tmp_path / "plan.json")
-    words = [
-        "export",
-        str(tmp_path / "plan.json"),
-        "--to",
-        "atb",
-        "--head-dim",
-        "64",
-        "--out",
-        str(tmp_path / "atb.pt"),
-    ]
-    assert cli.main([*words, "--length", "1000", "150", "5"]) == 0
-    layers = torch.load(tmp_path / "atb.pt", weights_only=True)["layers"]
+    layers = exported_layers(tmp_path, "--length", "1000", "150", "5")
     assert len(layers) == 3
     for layer, made in enumerate(layers):
         for b, length in enumerate((1000, 150, 5)):
@@ -179,18 +175,7 @@ def test_atb_attends_as_ours(seed: int) -> None:
 
 def test_alibi_windows_of_every_head(tmp_path: Path) -> None:
     Plan.from_windows([3, 40, 7, FULL], num_layers=2, num_kv_heads=4).save(tmp_path / "plan.json")
-    words = [
-        "export",
-        str(tmp_path / "plan.json"),
-        "--to",
-        "atb",
-        "--head-dim",
-        "64",
-        "--out",
-        str(tmp_path / "atb.pt"),
-    ]
-    assert cli.main([*words, "--length", "100", "20", "--alibi"]) == 0
-    for made in torch.load(tmp_path / "atb.pt", weights_only=True)["layers"]:
+    for made in exported_layers(tmp_path, "--length", "100", "20", "--alibi"):
         assert made["wins"].tolist() == made["context_lens"].tolist() == [3, 40, 7, 100, 3, 20, 7, 20]
 
 

@@ -143,9 +143,8 @@ class attach(_NotCopied, ContextDecorator):
         if not _wants_cache(self._switch.config, kwargs.get("use_cache"), config, self.model.generation_config):
             raise ValueError("use_cache: expected True with razor attention, got False")
         kwargs["use_cache"] = True
-        prompt = next((x for x in (*args[:1], *map(kwargs.get, _PROMPTS)) if x is not None), None)
         if kwargs.get(CACHE) is None:
-            kwargs[CACHE] = self._cache(_longest(prompt, kwargs.get("attention_mask")))
+            kwargs[CACHE] = self._cache(_longest(args, kwargs))
         with self._idle:
             self._running.append(threading.get_ident())
         try:
@@ -169,8 +168,7 @@ class attach(_NotCopied, ContextDecorator):
             changed = rename_cache(kwargs, name)
             cache = changed.get(name)
         if cache is None and self._starts(module, changed):
-            prompt = next((x for x in (*args[:1], *map(changed.get, _PROMPTS)) if x is not None), None)
-            cache = self._cache(_longest(prompt, changed.get("attention_mask")))
+            cache = self._cache(_longest(args, changed))
             if len(args) > place:
                 args = (*args[:place], cache, *args[place + 1 :])
             else:
@@ -227,8 +225,10 @@ def _wants_cache(text: Any, given: bool | None, *configs: Any) -> bool:
     return bool(given)
 
 
-def _longest(prompt: Any, mask: Any) -> int | None:
-    """Tokens of the longest prompt of a batch, padding not counted; None: nobody knows."""
+def _longest(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Tokens of the longest prompt of a call's batch, padding not counted; None: nobody knows."""
+    mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return int(mask.sum(1).max())
+    prompt = next((x for x in (*args[:1], *map(kwargs.get, _PROMPTS)) if x is not None), None)
     return prompt.shape[1] if isinstance(prompt, Tensor) else None
